@@ -1,0 +1,1 @@
+"""Sequences to train on: sources of samples, packing, and the order in which they are visited."""
