@@ -1,0 +1,26 @@
+"""The main job: train a model under a budget and let the governor decide where the budget goes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyeff.train.config import RunConfig, load_config
+    from pyeff.train.run import RunResult, train_run
+
+__all__ = ["RunConfig", "RunResult", "load_config", "train_run"]
+
+_HOME = {
+    "RunConfig": "pyeff.train.config",
+    "load_config": "pyeff.train.config",
+    "RunResult": "pyeff.train.run",
+    "train_run": "pyeff.train.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Reading a configuration must not wait for torch.
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
