@@ -1,0 +1,61 @@
+"""Fused kernels and a compute governor for language-model training short of data, memory or compute.
+
+Operations are functions of tensors, available here and in `pyeff.ops`; optimizers are in `pyeff.optim`; the governor,
+which needs no torch, in `pyeff.governor`. Nothing is loaded before it is used.
+
+>>> import pyeff
+>>> print(pyeff.info().version)
+0.1.0
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyeff._info import Explanation, Info, explain, info
+    from pyeff.errors import UserError
+    from pyeff.ops import AdamWStates, TokenScores, adamw8bit_step, linear_cross_entropy_scores
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Importing pyeff must cost nothing, so each is imported at first use.
+_HOME = {
+    "AdamWStates": "pyeff.ops",
+    "TokenScores": "pyeff.ops",
+    "adamw8bit_step": "pyeff.ops",
+    "linear_cross_entropy_scores": "pyeff.ops",
+    "Explanation": "pyeff._info",
+    "Info": "pyeff._info",
+    "explain": "pyeff._info",
+    "info": "pyeff._info",
+    "UserError": "pyeff.errors",
+}
+_SUBPACKAGES = ("data", "governor", "ops", "optim", "reference", "scoring", "selection", "train")
+
+__all__ = [
+    "AdamWStates",
+    "Explanation",
+    "Info",
+    "TokenScores",
+    "UserError",
+    "adamw8bit_step",
+    "explain",
+    "info",
+    "linear_cross_entropy_scores",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"pyeff.{name}")
+    raise AttributeError(f"module 'pyeff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_SUBPACKAGES})
