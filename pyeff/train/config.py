@@ -1,0 +1,231 @@
+"""What a run is asked to do: the configuration file, checked before anything is loaded or spent.
+
+Fractions are fractions of the budget. Every default is stated with its reason where it is not obvious.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pyeff.data.sources import Source
+from pyeff.errors import UserError
+from pyeff.governor import Budget, GovernorConfig
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class LoRAConfig(_Strict):
+    """Train low-rank adapters of the named modules instead of all weights (needs peft)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class DataConfig(_Strict):
+    """Where samples come from and how many are kept apart to judge the run.
+
+    ``target`` is the task to become better at: its samples are split into four sets that share no prompt:
+    ``anchors`` (the governor decides by them), ``holdout`` (only reported), ``target_samples`` (what
+    selection compares the pool with) and, as the first of the holdout, ``exact_match`` samples that are
+    also answered in words. Prompts of these sets are removed from the pool.
+    """
+
+    pool: list[Source] = Field(min_length=1)
+    target: list[Source] = Field(min_length=1)
+    anchors: int = Field(24, ge=2)
+    holdout: int = Field(48, ge=2)
+    target_samples: int = Field(24, ge=1)
+    exact_match: int = Field(24, ge=0)
+    max_tokens: int = Field(1024, ge=2)
+    max_new_tokens: int = Field(16, ge=1)
+    chat_template: bool | Literal["auto"] = "auto"
+    drop_long: bool = False
+
+    @field_validator("pool", "target", mode="before")
+    @classmethod
+    def _one_source_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _exact_match_is_part_of_holdout(self) -> DataConfig:
+        if self.exact_match > self.holdout:
+            raise ValueError(f"exact_match ({self.exact_match}) must not exceed holdout ({self.holdout})")
+        return self
+
+
+class OptimizerConfig(_Strict):
+    """AdamW; ``states: 8bit`` keeps its moments in two bytes a parameter instead of eight."""
+
+    states: Literal["8bit", "32bit"] = "8bit"
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    # Adam's first steps have the size of the rate whatever the gradient: a short ramp keeps them from
+    # undoing what the model knows.
+    warmup_steps: int = Field(5, ge=0)
+    clip: float = Field(1.0, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas must be in [0, 1), got {value}")
+        return value
+
+
+class SelectorConfig(_Strict):
+    """How a scored pool becomes a training set."""
+
+    score: Literal["target_similarity", "nll", "el2n", "entropy", "head_grad_norm", "random"] = (
+        "target_similarity"
+    )
+    keep: float = Field(0.25, gt=0, le=1)
+    drop_hardest: float = Field(0.1, ge=0, lt=1)
+
+
+class RunConfig(_Strict):
+    """One run: model, data, budget and how it may be spent."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRAConfig | None = None
+    gradient_checkpointing: bool = False
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_tokens: int = Field(1024, ge=2)
+    # Tokens of one forward and backward; the gradients of a batch are summed over its parts.
+    micro_batch_tokens: int | None = Field(None, ge=2)
+    budget: str
+    policy: Literal["governor", "uniform"] = "governor"
+    selector: SelectorConfig = SelectorConfig()
+    governor: dict[str, Any] = Field(default_factory=dict)
+    # A fifth is where 1-sqrt cooldowns stop improving (Haegele et al., 2024, arXiv:2405.18392).
+    cooldown: float = Field(0.2, ge=0, lt=1)
+    ema_decay: float = Field(0.9, ge=0, lt=1)
+    checkpoint_every: float = Field(0.2, gt=0, le=1)
+    save_model: bool = True
+    seed: int = Field(0, ge=0, lt=2**31)
+    threads: int | None = Field(None, ge=1)
+    out: Path = Path("runs/latest")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_readable(cls, value: str) -> str:
+        Budget.parse(value)
+        return value
+
+    @field_validator("governor")
+    @classmethod
+    def _governor_options_exist(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = [field.name for field in dataclasses.fields(GovernorConfig)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"unknown key {name!r}; there are {', '.join(known)}")
+        try:
+            GovernorConfig(**value)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> RunConfig:
+        if self.data.max_tokens > self.micro_tokens:
+            name = "batch_tokens" if self.micro_batch_tokens is None else "micro_batch_tokens"
+            raise ValueError(
+                f"{name} ({self.micro_tokens}) must hold a sample of data.max_tokens ({self.data.max_tokens})"
+            )
+        if self.micro_tokens > self.batch_tokens:
+            raise ValueError(
+                f"micro_batch_tokens ({self.micro_tokens}) must not exceed batch_tokens ({self.batch_tokens})"
+            )
+        return self
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one forward and backward."""
+        return self.micro_batch_tokens or self.batch_tokens
+
+    @property
+    def parsed_budget(self) -> Budget:
+        """The budget as an amount and a unit."""
+        return Budget.parse(self.budget)
+
+    @property
+    def governor_config(self) -> GovernorConfig:
+        """The governor's own settings."""
+        return GovernorConfig(**self.governor)
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the model at a location, for a suggestion; empty where it cannot be told."""
+    model: Any = RunConfig
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(model.model_fields) if model is not None else []
+
+
+def parse_config(values: Any, *, name: str = "configuration") -> RunConfig:
+    """Check a dictionary read from YAML.
+
+    Raises `UserError` with the path of the first key that is unknown, missing or has a bad value.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: expected keys and values, got {type(values).__name__}")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        first = problems[0]
+        where = ".".join(str(part) for part in first["loc"]) or "configuration"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(first["loc"][:-1]), n=1)
+            message = "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+        elif first["type"] == "missing":
+            message = "is missing"
+        elif "input" in first and not isinstance(first["input"], (dict, list, BaseModel)):
+            message += f" (got {first['input']!r})"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{name}: {where}: {message}{more}") from error
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML configuration.
+
+    Raises `UserError` when the file cannot be read, is not YAML, or a key is unknown, missing or bad.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"{path}{line}: {problem}") from error
+    return parse_config(values, name=str(path))
