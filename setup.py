@@ -173,9 +173,7 @@ def cuda_units(temp: Path, cuda: Cuda) -> list[Unit]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
     # The "a" targets are not forward compatible, so PTX comes from the plain ones.
     plain = sorted({int(arch) for arch in cuda.archs if arch.isdigit()})
-    targets += [
-        f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted({*plain[:1], *plain[-1:]})
-    ]
+    targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted({*plain[:1], *plain[-1:]})]
     flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
     if tuple(map(int, cuda.version.split("."))) >= (12, 8):
         flags.append("--compress-mode=size")

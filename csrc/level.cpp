@@ -18,8 +18,8 @@ Level highest_level() {
 #if defined(PYEFF_LEVEL_AVX512)
     // Asks the processor and whether the operating system saves the wide registers.
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
         return Level::avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::avx2;
 #endif
@@ -39,8 +39,7 @@ Level current_level() {
                                              name_of(highest) + ".");
                 return l;
             }
-        throw std::runtime_error(std::string("PYEFF_CPU_LEVEL must be baseline, avx2 or avx512, not '") +
-                                 wish + "'.");
+        throw std::runtime_error(std::string("PYEFF_CPU_LEVEL must be baseline, avx2 or avx512, not '") + wish + "'.");
     }();
     return level;
 }

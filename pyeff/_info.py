@@ -79,11 +79,7 @@ def _extension_facts() -> dict[str, str]:
     level = built["cpu_level"]
     if built["highest_cpu_level"] != level:
         level += f" (forced by PYEFF_CPU_LEVEL; this processor has {built['highest_cpu_level']})"
-    cuda = (
-        f"{built['cuda']} for sm_{built['cuda_archs'].replace(' ', ', sm_')}"
-        if built["cuda"]
-        else "not built"
-    )
+    cuda = f"{built['cuda']} for sm_{built['cuda_archs'].replace(' ', ', sm_')}" if built["cuda"] else "not built"
     return {
         "compiler": built["compiler"],
         "openmp": "yes" if built["openmp"] else "no: CPU kernels use one thread",

@@ -111,9 +111,7 @@ PYEFF_LANE U16 load_u16(const uint16_t* p) {
 // The packs work within 128-bit halves, so the quarters are put in order afterwards. Values must fit:
 // 0..65535, 0..255.
 PYEFF_LANE __m256i packed_u16(U16 x) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8); }
-PYEFF_LANE void store_u16(uint16_t* p, U16 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed_u16(x));
-}
+PYEFF_LANE void store_u16(uint16_t* p, U16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed_u16(x)); }
 PYEFF_LANE void store_u8(uint8_t* p, U16 x) {
     const __m256i w = packed_u16(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
@@ -157,9 +155,7 @@ PYEFF_COMPARE(operator<, _CMP_LT_OQ)
 PYEFF_COMPARE(operator>=, _CMP_GE_OQ)
 PYEFF_COMPARE(operator==, _CMP_EQ_OQ)
 #undef PYEFF_COMPARE
-PYEFF_LANE M16 operator==(U16 x, U16 y) {
-    return {_mm256_cmpeq_epi32(x.a, y.a), _mm256_cmpeq_epi32(x.b, y.b)};
-}
+PYEFF_LANE M16 operator==(U16 x, U16 y) { return {_mm256_cmpeq_epi32(x.a, y.a), _mm256_cmpeq_epi32(x.b, y.b)}; }
 // AVX2 compares signed; flipping the top bit of both makes that an unsigned comparison.
 PYEFF_LANE M16 operator>(U16 x, U16 y) {
     const __m256i top = _mm256_set1_epi32(INT32_MIN);
@@ -191,8 +187,7 @@ struct M16 {
     T r;                                                 \
     for (int i = 0; i < LANES; ++i) r.v[i] = expression; \
     return r;
-PYEFF_LANE F16 splat(float x){PYEFF_EACH(F16, x)} PYEFF_LANE U16
-    splat(uint32_t x){PYEFF_EACH(U16, x)} PYEFF_LANE F16
+PYEFF_LANE F16 splat(float x){PYEFF_EACH(F16, x)} PYEFF_LANE U16 splat(uint32_t x){PYEFF_EACH(U16, x)} PYEFF_LANE F16
     load(const float* p){PYEFF_EACH(F16, p[i])} PYEFF_LANE U16
     load_u8(const uint8_t* p){PYEFF_EACH(U16, p[i])} PYEFF_LANE U16
     load_u16(const uint16_t* p){PYEFF_EACH(U16, p[i])} PYEFF_LANE void store(float* p, F16 x) {
@@ -204,22 +199,20 @@ PYEFF_LANE void store_u8(uint8_t* p, U16 x) {
 PYEFF_LANE void store_u16(uint16_t* p, U16 x) {
     for (int i = 0; i < LANES; ++i) p[i] = static_cast<uint16_t>(x.v[i]);
 }
-PYEFF_LANE F16 operator+(F16 a, F16 b){PYEFF_EACH(F16, a.v[i] + b.v[i])} PYEFF_LANE F16 operator-(F16 a,
-                                                                                                  F16 b){
-    PYEFF_EACH(F16, a.v[i] - b.v[i])} PYEFF_LANE F16 operator*(F16 a, F16 b){
-    PYEFF_EACH(F16, a.v[i] * b.v[i])} PYEFF_LANE F16
+PYEFF_LANE F16 operator+(F16 a, F16 b){PYEFF_EACH(F16, a.v[i] + b.v[i])} PYEFF_LANE F16 operator-(F16 a, F16 b){
+    PYEFF_EACH(F16, a.v[i] - b.v[i])} PYEFF_LANE F16 operator*(F16 a,
+                                                               F16 b){PYEFF_EACH(F16, a.v[i] * b.v[i])} PYEFF_LANE F16
     divide(F16 a, F16 b){PYEFF_EACH(F16, a.v[i] / b.v[i])} PYEFF_LANE F16
     max_of(F16 a, F16 b){PYEFF_EACH(F16, a.v[i] > b.v[i] ? a.v[i] : b.v[i])} PYEFF_LANE F16
-    min_of(F16 a, F16 b){PYEFF_EACH(F16, a.v[i] < b.v[i] ? a.v[i] : b.v[i])} PYEFF_LANE U16 operator+(U16 a,
-                                                                                                      U16 b){
+    min_of(F16 a, F16 b){PYEFF_EACH(F16, a.v[i] < b.v[i] ? a.v[i] : b.v[i])} PYEFF_LANE U16 operator+(U16 a, U16 b){
         PYEFF_EACH(U16, a.v[i] + b.v[i])} PYEFF_LANE U16 operator-(U16 a, U16 b){
         PYEFF_EACH(U16, a.v[i] - b.v[i])} PYEFF_LANE U16 operator&(U16 a, U16 b){
         PYEFF_EACH(U16, a.v[i] & b.v[i])} PYEFF_LANE U16 operator|(U16 a, U16 b){
         PYEFF_EACH(U16, a.v[i] | b.v[i])} PYEFF_LANE U16 operator^(U16 a, U16 b){
         PYEFF_EACH(U16, a.v[i] ^ b.v[i])} PYEFF_LANE U16 operator*(U16 a, U16 b){
         PYEFF_EACH(U16, a.v[i] * b.v[i])} PYEFF_LANE U16 operator<<(U16 a, int n){
-        PYEFF_EACH(U16, a.v[i] << n)} PYEFF_LANE U16 operator>>(U16 a, int n){
-        PYEFF_EACH(U16, a.v[i] >> n)} PYEFF_LANE F16
+        PYEFF_EACH(U16, a.v[i] << n)} PYEFF_LANE U16 operator>>(U16 a,
+                                                                int n){PYEFF_EACH(U16, a.v[i] >> n)} PYEFF_LANE F16
     sqrt_of(F16 x){PYEFF_EACH(F16, __builtin_sqrtf(x.v[i]))} PYEFF_LANE U16 bits_of(F16 x) {
     U16 r;
     std::memcpy(r.v, x.v, sizeof r.v);
@@ -236,8 +229,8 @@ PYEFF_LANE F16 float_of_uint(U16 x){
     PYEFF_EACH(M16, a.v[i] < b.v[i])} PYEFF_LANE M16 operator>=(F16 a, F16 b){
     PYEFF_EACH(M16, a.v[i] >= b.v[i])} PYEFF_LANE M16 operator==(F16 a, F16 b){
     PYEFF_EACH(M16, a.v[i] == b.v[i])} PYEFF_LANE M16 operator>(U16 a, U16 b){
-    PYEFF_EACH(M16, a.v[i] > b.v[i])} PYEFF_LANE M16 operator==(U16 a, U16 b){
-    PYEFF_EACH(M16, a.v[i] == b.v[i])} PYEFF_LANE F16
+    PYEFF_EACH(M16, a.v[i] > b.v[i])} PYEFF_LANE M16 operator==(U16 a,
+                                                                U16 b){PYEFF_EACH(M16, a.v[i] == b.v[i])} PYEFF_LANE F16
     select(M16 m, F16 yes, F16 no){PYEFF_EACH(F16, m.v[i] ? yes.v[i] : no.v[i])} PYEFF_LANE U16
     select(M16 m, U16 yes, U16 no){PYEFF_EACH(U16, m.v[i] ? yes.v[i] : no.v[i])}
 #undef PYEFF_EACH

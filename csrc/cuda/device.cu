@@ -20,8 +20,7 @@ std::string cuda_problem() {
     error = cudaFuncGetAttributes(&attributes, probe);
     if (error != cudaSuccess) {
         cudaGetLastError();
-        return std::string("this build has no code for the current device (") + cudaGetErrorString(error) +
-               ")";
+        return std::string("this build has no code for the current device (") + cudaGetErrorString(error) + ")";
     }
     return "";
 }
