@@ -64,6 +64,7 @@ class NativeBuild(build_ext):
     """Compiles csrc with the host compiler, and with nvcc where there is one."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile every unit and link them into the one shared library."""
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
