@@ -87,7 +87,7 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
     import pyeff
 
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        pyeff.nonsense  # noqa: B018
+        pyeff.nonsense
 
 
 def test_layers_only_point_down() -> None:
