@@ -92,7 +92,7 @@ def test_unknown_wish_for_cuda_is_refused(tmp_path: Path) -> None:
 
 
 def test_plain_install_without_torch_or_nvcc_works_from_another_directory(tmp_path: Path) -> None:
-    """A plain offline install into an empty target; then the kernels run from a directory that is not the repository."""
+    """A plain offline install into an empty target; then the kernels run from another directory."""
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     environment = {**os.environ, "PATH": tools_without_nvcc(tmp_path), "NVCC": "", "CUDA_HOME": ""}
