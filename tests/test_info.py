@@ -35,7 +35,7 @@ def test_explain_takes_a_name_or_the_function() -> None:
 
 
 def test_unknown_operation_is_refused_with_the_list() -> None:
-    with pytest.raises(ValueError, match="op must be one of .*linear_cross_entropy_scores"):
+    with pytest.raises(ValueError, match=r"op must be one of .*linear_cross_entropy_scores"):
         pyeff.explain("nonsense")
 
 
