@@ -7,5 +7,11 @@ loads torch and nothing heavier.
 from __future__ import annotations
 
 from pyeff.ops._dispatch import Operation
+from pyeff.ops.linear_cross_entropy_scores import OPERATION as _LINEAR_CROSS_ENTROPY_SCORES
+from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
 
-OPERATIONS: dict[str, Operation] = {}
+OPERATIONS: dict[str, Operation] = {
+    "linear_cross_entropy_scores": _LINEAR_CROSS_ENTROPY_SCORES,
+}
+
+__all__ = ["OPERATIONS", "TokenScores", "linear_cross_entropy_scores"]

@@ -1,0 +1,239 @@
+"""Per-token scores of a language-model head, without its logits in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyeff import reference
+from pyeff.ops._dispatch import Operation
+from pyeff.reference.linear_cross_entropy_scores import FIELDS
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of N tokens, or of S samples once reduced: one tensor [N] a score, in nats where a logarithm is meant.
+
+    With z the (capped) logits of a token, p = softmax(z), y its target and h its hidden state:
+
+    - `nll`: -log p_y
+    - `lse`: log sum_v exp z_v
+    - `entropy`: -sum_v p_v log p_v
+    - `el2n`: || p - onehot(y) ||_2, between 0 and sqrt(2)
+    - `margin`: z_y - max_{v != y} z_v; NaN for a vocabulary of one
+    - `p_target`: p_y
+    - `head_grad_norm`: || d nll / d weight ||_F = || h ||_2 || (p - onehot(y)) (1 - (z / softcap)^2) ||_2
+
+    float32, or float64 for float64 inputs. `scored` is False at ignored positions, where every score is NaN.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    el2n: Tensor
+    margin: Tensor
+    p_target: Tensor
+    head_grad_norm: Tensor
+    scored: Tensor
+
+    def per_sample(self, cu_seqlens: Tensor, reduction: str = "mean") -> TokenScores:
+        """Every score reduced over the tokens of each sample of a packed batch: [N] to [S].
+
+        `cu_seqlens` [S+1], an integer tensor, holds the samples' borders in the token axis: from 0 to N, never
+        falling. `reduction` is "mean", "sum" or "max". Ignored positions are left out; a sample with none left is NaN
+        under every reduction, and so is one with a NaN among the tokens that count. Accumulates in float64 and gives
+        the same bits in every run. Cost: one pass over 8 N numbers; on a GPU `cu_seqlens` is read back once, which
+        waits for the stream.
+
+        Raises `ValueError` when `cu_seqlens` is not such a list of borders or `reduction` is none of the three.
+
+        >>> import torch, pyeff
+        >>> scores = pyeff.linear_cross_entropy_scores(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([0, 1, -100]))
+        >>> scores.per_sample(torch.tensor([0, 2, 3])).p_target
+        tensor([0.2500,    nan])
+        """
+        if reduction not in ("mean", "sum", "max"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'max'; got {reduction!r}")
+        borders = _borders(cu_seqlens, self.nll.shape[0]).to(self.nll.device)
+        kept = self.scored
+        table = torch.stack([getattr(self, name) for name in FIELDS], dim=1).double()
+        table = torch.where(kept[:, None], table, -math.inf if reduction == "max" else 0.0)
+        counts = _segments("sum", kept.double()[:, None], borders)  # [S, 1]
+        reduced = _segments("max" if reduction == "max" else "sum", table, borders)  # [S, 7]
+        if reduction == "mean":
+            reduced = reduced / counts
+        reduced = torch.where(counts > 0, reduced, math.nan).to(self.nll.dtype)
+        return _token_scores(reduced.T, counts[:, 0] > 0)
+
+
+def linear_cross_entropy_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> TokenScores:
+    """Loss, entropy, EL2N, margin and head-gradient norm of every token, from its last hidden state.
+
+        x = hidden weight^T + bias,   z = x, or softcap tanh(x / softcap),   p = softmax(z)
+
+    and from these the fields of `TokenScores`. The logits [N, V] are never stored: at most 64 MiB of memory are used
+    beside inputs and outputs, whatever V is.
+
+    Shapes and dtypes: `hidden` [N, D] and `weight` [V, D] of one dtype among float16, bfloat16, float32 and float64, of
+    any strides; `targets` [N] int64 or int32; `bias` [V] of any floating dtype. Logits are accumulated and every score
+    is computed in float32 (float64 inputs: in float64, by the reference alone); on the CPU that holds for 16-bit inputs
+    too, whose products are exact in float32, so they cost as much as float32.
+
+    Undefined rows are NaN in every score: the target is `ignore_index` (which need be no class), or the logits hold NaN
+    or +inf or nothing but -inf. A logit of -inf has probability 0.
+
+    `impl`: "auto" takes the first that can run of "triton" (GPU), "cpu" (C++ beside torch's matmul) and "reference"
+    (plain torch); an explicit one runs or raises `RuntimeError` with the reason. Each gives the same bits in every run
+    on the same device. Not differentiable: this is the scoring pass, and nothing is saved for a backward.
+
+    Raises `TypeError` or `ValueError` for arguments that do not fit together. A target that is no class raises
+    `ValueError` on the CPU; on a GPU finding it would stall the stream, and its row is NaN instead.
+
+    Cost: 2 N D V FLOPs of matmul, about 40 N V of vector arithmetic; on the CPU ignored positions cost nothing.
+
+    EL2N: Paul et al. 2021, "Deep Learning on a Data Diet", arXiv:2107.07075.
+
+    >>> import torch, pyeff
+    >>> hidden, weight = torch.zeros(2, 4), torch.ones(8, 4)
+    >>> scores = pyeff.linear_cross_entropy_scores(hidden, weight, torch.tensor([3, -100]))
+    >>> scores.p_target
+    tensor([0.1250,    nan])
+    """
+    _check(hidden, weight, targets, bias, softcap, ignore_index)
+    chosen = OPERATION.explain(
+        hidden, weight, targets, bias=bias, softcap=softcap, ignore_index=ignore_index, impl=impl
+    ).impl
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        scores = _OP(hidden, weight, targets, bias, softcap, ignore_index, chosen)
+    return _token_scores(scores, targets != ignore_index)
+
+
+def _token_scores(rows: Tensor, scored: Tensor) -> TokenScores:
+    nll, lse, entropy, el2n, margin, p_target, head_grad_norm = rows.unbind(0)
+    return TokenScores(nll, lse, entropy, el2n, margin, p_target, head_grad_norm, scored)
+
+
+def _limits(impl: str, hidden: Tensor, *args: object, **kwargs: object) -> str | None:
+    if impl != "reference" and hidden.dtype == torch.float64:
+        return "it computes in float32, and hidden is float64"
+    return None
+
+
+OPERATION = Operation("linear_cross_entropy_scores", ("reference",), _limits)
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    impl: str,
+) -> Tensor:
+    return reference.linear_cross_entropy_scores(
+        hidden, weight, targets, bias=bias, softcap=softcap, ignore_index=ignore_index
+    )
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    impl: str,
+) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty((len(FIELDS), hidden.shape[0]), dtype=dtype)
+
+
+torch.library.define(
+    "pyeff::linear_cross_entropy_scores",
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, int ignore_index, str impl)"
+    " -> Tensor",
+)
+torch.library.impl("pyeff::linear_cross_entropy_scores", ("cpu", "cuda"), _run)
+torch.library.register_fake("pyeff::linear_cross_entropy_scores", _fake)
+_OP = torch.ops.pyeff.linear_cross_entropy_scores.default
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
+) -> None:
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, and is on {tensor.device}")
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be [tokens, features], got shape {tuple(hidden.shape)}; flatten the batch first")
+    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight must be [vocabulary, {hidden.shape[1]}] to fit hidden, got {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be [{hidden.shape[0]}] to fit hidden, got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}] to fit weight, got {tuple(bias.shape)}")
+    if hidden.dtype not in _FLOATS:
+        raise TypeError(f"hidden must be float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
+    if bias is not None and bias.dtype not in _FLOATS:
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if targets.device.type == "cpu" and targets.numel():
+        wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
+        if wrong.any():
+            where = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"targets must be in [0, {weight.shape[0]}) or ignore_index ({ignore_index}), "
+                f"got {int(targets[where])} at position {where}"
+            )
+
+
+def _borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """`cu_seqlens` as int64 once it is known to cut [0, tokens) into samples."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be a list of samples + 1 borders, int32 or int64, got {cu_seqlens.dtype} of shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    borders = cu_seqlens.to(torch.int64)
+    on_host = borders.cpu()
+    if on_host[0] != 0 or on_host[-1] != tokens or (on_host.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {_shortened(on_host)}")
+    return borders
+
+
+def _shortened(values: Tensor) -> str:
+    numbers = [str(v) for v in values.tolist()]
+    return "[" + ", ".join(numbers if len(numbers) <= 8 else [*numbers[:4], "...", *numbers[-3:]]) + "]"
+
+
+def _segments(reduction: str, table: Tensor, borders: Tensor) -> Tensor:
+    """Reduce the rows of `table` [N, K] between borders [S+1]: [S, K], the identity for an empty segment."""
+    samples = borders.numel() - 1
+    if samples == 0 or table.shape[0] == 0:
+        return table.new_full((samples, table.shape[1]), -math.inf if reduction == "max" else 0.0)
+    return torch.segment_reduce(table, reduction, lengths=borders.diff(), axis=0, unsafe=True)
