@@ -16,6 +16,7 @@ import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
@@ -45,7 +46,7 @@ FIELD_COLOURS = {
 }
 FIELD_LABELS = {
     "train": "training",
-    "cooldown": "training, cooldown",
+    "cooldown": "cooldown",
     "score": "scoring the pool",
     "eval": "evaluation",
     "probe": "probing",
@@ -56,7 +57,7 @@ ACTION_MARKS = {"CONTINUE": ("o", MUTED), "REFRESH": ("D", ORANGE), "COOLDOWN": 
 # 200 dots an inch: a figure of 9 inches is 1800 px wide and stays sharp where a page shows it at 900.
 DPI = 200
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -95,8 +96,7 @@ def png(draw: Callable[..., Figure], *args: Any) -> bytes:
 
 def overview(record: RunRecord) -> Figure:
     """The run in one picture: loss against what was spent, the decisions marked, and where the budget went."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # type: ignore[union-attr]
+    figure = Figure(figsize=(9, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     left, right = figure.subplots(1, 2, width_ratios=[2.15, 1])
     _headline(figure, record, width=104)
     _loss(left, record)
@@ -222,14 +222,12 @@ def decisions(record: RunRecord) -> Figure:
     return figure
 
 
-def comparison(first: RunRecord, second: RunRecord, headline: str) -> Figure:
+def comparison(first: RunRecord, second: RunRecord, names: tuple[str, str], headline: str) -> Figure:
     """Two runs side by side: anchor and holdout loss against what was spent, and where each budget went."""
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # type: ignore[union-attr]
+    figure = Figure(figsize=(9, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     figure.suptitle(textwrap.fill(headline, 104), x=0.01, ha="left", fontsize=11, fontweight="bold")
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     scale = Scale.of(first.unit, max(first.budget, second.budget))
-    names = labels(first, second)
     ends: list[tuple[float, float, str, str]] = []
     # The first run's marks are large and hollow, so that both can be seen where they coincide.
     for record, name, colour, dash, mark in (
@@ -265,15 +263,6 @@ def comparison(first: RunRecord, second: RunRecord, headline: str) -> Figure:
     _two_budgets(right, (first, second), names, scale)
     right.set_title("Where each budget went")
     return figure
-
-
-def labels(first: RunRecord, second: RunRecord) -> tuple[str, str]:
-    """How two runs are called: by policy where that tells them apart, else by directory."""
-    if first.policy != second.policy:
-        return first.policy, second.policy
-    if first.name != second.name:
-        return first.name, second.name
-    return str(first.path), str(second.path)
 
 
 def _headline(figure: Figure, record: RunRecord, *, width: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyeff.cli.units import Scale
+from pyeff.cli.units import Scale, percent, plural
 from pyeff.errors import UserError
 
 Event = dict[str, Any]
@@ -275,3 +275,29 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def estimate_text(start: Event) -> str:
+    """What a run expected to cost, from its start event, in one line; empty where it estimated nothing."""
+    estimates = start.get("estimates") or {}
+    unit, budget = start["budget"]["unit"], float(start["budget"]["amount"])
+
+    def flops(key: str) -> str:
+        amount = float(estimates[key])
+        share = f" ({percent(amount, budget)} of the budget)" if unit == "flops" else ""
+        return Scale.of("flops", amount).text(amount) + share
+
+    said = []
+    if estimates.get("steps") is not None:
+        said.append(f"about {plural(int(estimates['steps']), 'step')}")
+    if estimates.get("train_flops_per_token") is not None:
+        amount = float(estimates["train_flops_per_token"])
+        said.append(f"{Scale.of('flops', amount).text(amount)} for a training token")
+    if estimates.get("score_pool_flops") is not None:
+        said.append(f"{flops('score_pool_flops')} to score the pool")
+    if estimates.get("check_flops") is not None:
+        said.append(f"{flops('check_flops')} for a check")
+    if estimates.get("cooldown_reserve") is not None:
+        amount = float(estimates["cooldown_reserve"])
+        said.append(f"{Scale.of(unit, budget).text(amount)} kept for the cooldown")
+    return ", ".join(said)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyeff.cli import plots
-from pyeff.cli.record import RunRecord, flatten
+from pyeff.cli.record import RunRecord, estimate_text, flatten
 from pyeff.cli.units import Scale, duration, loss_text, number, percent, plural
 from pyeff.cli.verdict import verdict
 from pyeff.errors import UserError
@@ -41,8 +41,9 @@ p {{ margin: .4rem 0 .8rem; }}
 img {{ max-width: 100%; height: auto; display: block; margin: .8rem 0; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .88rem; margin: .6rem 0 1rem; }}
-th {{ text-align: left; font-weight: 600; border-bottom: 2px solid #c4c8cc; padding: .35rem .6rem; vertical-align: bottom; }}
-td {{ border-bottom: 1px solid #eceef0; padding: .35rem .6rem; vertical-align: top; }}
+th, td {{ padding: .35rem .6rem; vertical-align: top; }}
+th {{ text-align: left; font-weight: 600; border-bottom: 2px solid #c4c8cc; vertical-align: bottom; }}
+td {{ border-bottom: 1px solid #eceef0; }}
 th.n, td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 td.text {{ white-space: pre-wrap; overflow-wrap: anywhere; max-width: 26rem; }}
 tr.turn td {{ background: #fff6e5; }}
@@ -248,11 +249,10 @@ def _spending(record: RunRecord) -> str:
             + (f", {duration(e['seconds'])}" if e.get("seconds") is not None else "")
             for e in scored
         )
-        parts.append(f"<p>{plural(len(scored), 'scoring pass').replace('passs', 'passes')}: {esc(passes)}.</p>")
-    estimates = record.start.get("estimates") or {}
-    if estimates:
-        said = ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in estimates.items() if _is_number(v))
-        parts.append(f'<p class="note">Estimated before the start: {esc(said)}.</p>')
+        parts.append(f"<p>{plural(len(scored), 'scoring pass', 'scoring passes')}: {esc(passes)}.</p>")
+    estimate = estimate_text(record.start)
+    if estimate:
+        parts.append(f'<p class="note">Estimated before the start: {esc(estimate)}.</p>')
     return "".join(parts)
 
 

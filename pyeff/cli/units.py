@@ -120,6 +120,6 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
-def plural(count: int, noun: str) -> str:
-    """`count noun`, with an s where it belongs."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """`count noun`, or `count nouns` (by default with an s) for any count but one."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

@@ -1,0 +1,120 @@
+"""Tables for the terminal: the end of a run, two runs side by side, and what is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from pyeff.cli import compare
+from pyeff.cli.record import RunRecord
+from pyeff.cli.units import loss_text, percent, plural
+from pyeff.cli.verdict import verdict
+
+if TYPE_CHECKING:
+    from pyeff import Info
+
+
+def summary(record: RunRecord) -> RenderableType:
+    """The end of a run: the verdict first, then loss, answers, and where the budget went."""
+    judged = verdict(record)
+    lines = Text(judged.headline, style="bold")
+    if judged.detail:
+        lines.append(f"\n{judged.detail}", style="not bold")
+    results = _plain()
+    end = record.end
+    if end is not None:
+        holdout = end["holdout"]
+        results.add_row(
+            "holdout loss",
+            f"{loss_text(holdout.get('before'))} → {loss_text(holdout.get('after'))} nats per answer token "
+            f"(gain {loss_text(holdout.get('gain'))} ± {loss_text(holdout.get('standard_error'))} SE)",
+        )
+        exact = end.get("exact_match")
+        if exact and exact.get("total"):
+            results.add_row("exactly right", f"{exact['before']} → {exact['after']} of {exact['total']} answers")
+    chosen = record.of("select")
+    if chosen:
+        results.add_row("selection", "; ".join(f"step {e['step']}: {e['kept']} of {e['of']} kept" for e in chosen))
+    made = [e["action"] for e in record.of("decision")]
+    results.add_row("decisions", ", ".join(f"{made.count(a)} × {a}" for a in dict.fromkeys(made)) or "none")
+    results.add_row(
+        "spent",
+        f"{record.scale.of_total(record.spent, record.budget)} ({percent(record.spent, record.budget)}), "
+        f"{plural(len(record.of('step')), 'step')}",
+    )
+    return Group(Panel(lines, padding=(0, 1), width=100), results, ledger(record))
+
+
+def ledger(record: RunRecord) -> Table:
+    """Where the budget went, one row for each field that was charged."""
+    from pyeff.cli.report import ledger_rows
+
+    table = Table(title="Where the budget went", title_justify="left", title_style="bold")
+    table.add_column("field")
+    unfinished = record.end is None
+    for name in ("spent so far",) if unfinished else ("FLOPs", "time", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("share of the budget", justify="right")
+    for row in ledger_rows(record):
+        cells = [row[0], row[1], row[-1]] if unfinished else row
+        table.add_row(*cells, style="bold" if row[0] == "total" else None)
+    return table
+
+
+def comparison(compared: compare.Comparison) -> RenderableType:
+    """Two runs side by side under the sentence that says which is better."""
+    table = Table(show_edge=True)
+    table.add_column("")
+    for name in compared.names:
+        table.add_column(name, justify="right")
+    for row in compare.rows(compared):
+        table.add_row(*row)
+    notes = Text("\n".join(compare.notes(compared)), style="dim")
+    return Group(Panel(Text(compared.headline, style="bold"), padding=(0, 1), width=100), table, notes)
+
+
+def installed(info: Info) -> RenderableType:
+    """Versions, devices, the extension, and for every operation what each device would run and why."""
+    facts = _plain()
+    facts.add_row("pyeff", info.version)
+    for name, value in info.versions.items():
+        facts.add_row(name, value)
+    for i, device in enumerate(info.devices):
+        facts.add_row("devices" if i == 0 else "", device)
+    for i, (name, value) in enumerate(info.extension.items()):
+        facts.add_row("extension" if i == 0 else "", value if name == "state" else f"{name}: {value}")
+    table = Table(title="Operations", title_justify="left", title_style="bold")
+    rows = [_fields(found) for found in info.operations]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("device", "impl"))
+    for row in rows:
+        table.add_row(*(Text(_text(row.get(column))) for column in columns))
+    return Group(facts, table) if rows else facts
+
+
+def _plain() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{k}: {v}" for k, v in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return "\n".join(map(str, value))
+    return str(value)
