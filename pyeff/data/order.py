@@ -12,9 +12,9 @@ class DataOrder:
     """Endless shuffled epochs over a set of sample indices.
 
     The order of an epoch is a function of (seed, epoch) alone: sample i gets the i-th 64-bit word of a Philox
-    stream keyed by the seed with the epoch as its counter, and samples are sorted by it. The order of a subset
-    is therefore the order of the whole set restricted to it, no generator is carried from step to step, and a
-    checkpoint is a few numbers. (Only the raw stream is used: NumPy guarantees that from version to version,
+    stream keyed by the seed with the epoch as its counter, and samples are sorted by it. The order of a
+    subset is therefore the order of the whole set restricted to it, no generator is carried from step to step,
+    and a checkpoint is a few numbers. (Only the raw stream is used: NumPy guarantees that from version to version,
     but not its shuffles.)
 
     Args:

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pyeff.data.samples import Sample
 from pyeff.errors import UserError
 
-# A task may repeat itself: count_bits up to 64 has 64 questions. By n ln n draws nearly all of n equally likely
-# questions have turned up; for the thousands of a large pool that is 10 draws a sample. Past twice that a task
-# counts as exhausted.
+# A task may repeat itself: count_bits up to 64 has 64 questions. By n ln n draws nearly all of n equally
+# likely questions have turned up; for the thousands of a large pool that is 10 draws a sample. Past twice
+# that a task counts as exhausted.
 _CANDIDATES_PER_SAMPLE = 20
 
 
@@ -78,11 +78,7 @@ class _Columns(_SourceModel):
             if self._short(sample):
                 samples.append(sample)
         if not samples:
-            why = (
-                f"none of its {count} samples has at most {self.max_characters} characters"
-                if count
-                else "no rows"
-            )
+            why = f"none of its {count} samples has at most {self.max_characters} characters" if count else "no rows"
             raise UserError(f"{name} is empty: {why}")
         return samples
 
@@ -175,9 +171,7 @@ class HFDatasetSource(_Columns):
         try:
             import datasets
         except ImportError as error:
-            raise UserError(
-                f'the dataset "{self.name}" needs the package datasets: pip install datasets'
-            ) from error
+            raise UserError(f'the dataset "{self.name}" needs the package datasets: pip install datasets') from error
         try:
             table = datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, data_files=self.data_files
@@ -202,8 +196,8 @@ class ReasoningGymTask(BaseModel):
 class ReasoningGymSource(_SourceModel):
     """Procedural questions with verifiable answers from the package reasoning-gym.
 
-    `size` samples in all: tasks with a `count` get it, the rest is shared out by `weight` (largest remainder).
-    A task given as a bare string has weight 1. Without `distinct: false` no question occurs twice.
+    `size` samples in all: tasks with a `count` get it, the rest is shared out by `weight` (largest
+    remainder). A task given as a bare string has weight 1. Without `distinct: false` no question occurs twice.
     """
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
@@ -237,13 +231,9 @@ class ReasoningGymSource(_SourceModel):
         total_weight = sum(task.weight for task in self.tasks if task.count is None)
         rest = self.size - fixed
         if rest < 0 or (total_weight == 0 and rest != 0):
-            raise UserError(
-                f"the counts of the reasoning-gym tasks add up to {fixed}, but size is {self.size}"
-            )
+            raise UserError(f"the counts of the reasoning-gym tasks add up to {fixed}, but size is {self.size}")
         shares = [rest * t.weight / total_weight if t.count is None else 0.0 for t in self.tasks]
-        counts = [
-            int(share) if t.count is None else t.count for t, share in zip(self.tasks, shares, strict=True)
-        ]
+        counts = [int(share) if t.count is None else t.count for t, share in zip(self.tasks, shares, strict=True)]
         by_remainder = sorted(range(len(shares)), key=lambda i: (int(shares[i]) - shares[i], i))
         for i in by_remainder[: self.size - sum(counts)]:
             counts[i] += 1
@@ -266,8 +256,7 @@ class ReasoningGymSource(_SourceModel):
             prompt, answer = item["question"], item["answer"]
             if not isinstance(answer, str) or not answer.strip():
                 raise UserError(
-                    f"reasoning-gym task {task.name} has questions without one written answer: "
-                    "it cannot be trained on"
+                    f"reasoning-gym task {task.name} has questions without one written answer: it cannot be trained on"
                 )
             sample = Sample(f"{task.name}-{self.seed}.{number}:{i}", prompt, answer, task.name)
             if not self._short(sample) or (self.distinct and prompt in seen):
@@ -285,9 +274,7 @@ class ReasoningGymSource(_SourceModel):
         )
 
 
-Source = Annotated[
-    JsonlSource | ParquetSource | HFDatasetSource | ReasoningGymSource, Field(discriminator="kind")
-]
+Source = Annotated[JsonlSource | ParquetSource | HFDatasetSource | ReasoningGymSource, Field(discriminator="kind")]
 
 
 def load_samples(spec: _SourceModel | Sequence[_SourceModel]) -> list[Sample]:
@@ -335,8 +322,7 @@ def _with_wrong_answers(samples: list[Sample], seed: int) -> list[Sample]:
         others = others or [a for a in all_answers if a != sample.answer]
         if not others:
             raise UserError(
-                "corrupt: wrong_answer needs two different answers, "
-                f'but all of {sample.source} are "{sample.answer}"'
+                f'corrupt: wrong_answer needs two different answers, but all of {sample.source} are "{sample.answer}"'
             )
         wrong = others[_seed("wrong_answer", seed, position) % len(others)]
         spoilt.append(replace(sample, id=f"{sample.id}/wrong", answer=wrong, source=f"{sample.source}/wrong"))

@@ -96,16 +96,18 @@ def load_model(
     if name == SMOLLM2:
         location = str(_from_gguf(_smollm2_file(), _cache_root(cache_dir), notify))
     elif name.endswith(".gguf"):
-        location = str(_from_gguf(Path(name), _cache_root(cache_dir), notify))
+        location = str(_from_gguf(Path(name).expanduser(), _cache_root(cache_dir), notify))
     else:
-        location = name
+        location = _directory_or_hub_name(name)
     model, tokenizer = _read(location, name, DTYPES[dtype])
     model.config.use_cache = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     shape = _shape_of_model(model)
+    nn.Module.to(model, device)
+    model.eval()
     return LoadedModel(
-        model=model.to(device).eval(),
+        model=model,
         tokenizer=tokenizer,
         name=name,
         shape=shape,
@@ -298,6 +300,16 @@ def _shape_of_model(model: PreTrainedModel) -> TransformerShape:
     raise refusal
 
 
+def _directory_or_hub_name(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    # A hub name is "model" or "owner/model". Asking the hub for a mistyped path takes it most of a minute.
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise UserError(f"the model directory {name} does not exist")
+    return name
+
+
 def _max_positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     # Tokenizers write "no limit" as a number of about 1e30; some models (ALiBi) have no limit of their own.
@@ -310,7 +322,7 @@ def _read(location: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location,
                 dtype=dtype,
                 trust_remote_code=False,
@@ -321,6 +333,7 @@ def _read(location: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel
         if Path(location).is_dir() and not list(Path(location).glob("*.safetensors")):
             raise UserError(f'the directory "{name}" holds no safetensors weights') from error
         raise UserError(f'the model "{name}" cannot be loaded: {_first_line(error)}') from error
+    model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
         # transformers would train on with random numbers in their place.
