@@ -44,7 +44,7 @@ class PoolScores:
 
 
 def answer_embeddings(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Position-weighted mean of each sample's rows: ``hidden`` [A, D], ``cu_seqlens`` [S+1] -> float32 [S, D].
+    """Position-weighted mean of each sample's rows: ``hidden`` [A, D], ``cu_seqlens`` [S+1] to float32 [S, D].
 
     A sample without rows is NaN.
 
@@ -86,7 +86,7 @@ def score_batches(
     embeddings = np.full((samples, weight.shape[1]), np.nan, dtype=np.float32)
     for batch in batches:
         index = np.asarray(batch.sample_indices, dtype=np.int64)
-        if index.size and not (0 <= index.min() and index.max() < samples):
+        if index.size and (index.min() < 0 or index.max() >= samples):
             raise ValueError(f"samples is {samples}, but a batch holds sample {int(index.max())}")
         where = label_positions(batch)
         rows = hidden_states(batch)[where.positions]

@@ -116,11 +116,7 @@ def save_checkpoint(
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk as its own error type, with the reason in its text.
-        if (
-            isinstance(error, OSError)
-            or "No space" in str(error)
-            or "SafetensorError" in type(error).__name__
-        ):
+        if isinstance(error, OSError) or "No space" in str(error) or "SafetensorError" in type(error).__name__:
             raise NoSpaceError(f"a checkpoint could not be written to {root}: {error}") from error
         raise
     total = sum(path.stat().st_size for path in partial.iterdir())
@@ -151,9 +147,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        damaged = [
-            name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size
-        ]
+        damaged = [name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged: {error}") from error
     if damaged:
@@ -224,12 +218,7 @@ def split_tensors(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
         if isinstance(node, Mapping):
             # JSON keys are strings; optimizers index their states by integers.
             return (
-                {
-                    "items": [
-                        [key, walk(value, f"{path}.{key}" if path else str(key))]
-                        for key, value in node.items()
-                    ]
-                }
+                {"items": [[key, walk(value, f"{path}.{key}" if path else str(key))] for key, value in node.items()]}
                 if any(not isinstance(key, str) for key in node)
                 else {key: walk(value, f"{path}.{key}" if path else key) for key, value in node.items()}
             )

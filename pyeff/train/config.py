@@ -25,9 +25,9 @@ class _Strict(BaseModel):
 class LoRAConfig(_Strict):
     """Train low-rank adapters of the named modules instead of all weights (needs peft)."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
 
 
@@ -42,12 +42,12 @@ class DataConfig(_Strict):
 
     pool: list[Source] = Field(min_length=1)
     target: list[Source] = Field(min_length=1)
-    anchors: int = Field(24, ge=2)
-    holdout: int = Field(48, ge=2)
-    target_samples: int = Field(24, ge=1)
-    exact_match: int = Field(24, ge=0)
-    max_tokens: int = Field(1024, ge=2)
-    max_new_tokens: int = Field(16, ge=1)
+    anchors: int = Field(default=24, ge=2)
+    holdout: int = Field(default=48, ge=2)
+    target_samples: int = Field(default=24, ge=1)
+    exact_match: int = Field(default=24, ge=0)
+    max_tokens: int = Field(default=1024, ge=2)
+    max_new_tokens: int = Field(default=16, ge=1)
     chat_template: bool | Literal["auto"] = "auto"
     drop_long: bool = False
 
@@ -67,14 +67,14 @@ class OptimizerConfig(_Strict):
     """AdamW; ``states: 8bit`` keeps its moments in two bytes a parameter instead of eight."""
 
     states: Literal["8bit", "32bit"] = "8bit"
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     # Adam's first steps have the size of the rate whatever the gradient: a short ramp keeps them from
     # undoing what the model knows.
-    warmup_steps: int = Field(5, ge=0)
-    clip: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    clip: float = Field(default=1.0, gt=0)
 
     @field_validator("betas")
     @classmethod
@@ -87,11 +87,9 @@ class OptimizerConfig(_Strict):
 class SelectorConfig(_Strict):
     """How a scored pool becomes a training set."""
 
-    score: Literal["target_similarity", "nll", "el2n", "entropy", "head_grad_norm", "random"] = (
-        "target_similarity"
-    )
-    keep: float = Field(0.25, gt=0, le=1)
-    drop_hardest: float = Field(0.1, ge=0, lt=1)
+    score: Literal["target_similarity", "nll", "el2n", "entropy", "head_grad_norm", "random"] = "target_similarity"
+    keep: float = Field(default=0.25, gt=0, le=1)
+    drop_hardest: float = Field(default=0.1, ge=0, lt=1)
 
 
 class RunConfig(_Strict):
@@ -103,20 +101,20 @@ class RunConfig(_Strict):
     gradient_checkpointing: bool = False
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch_tokens: int = Field(1024, ge=2)
+    batch_tokens: int = Field(default=1024, ge=2)
     # Tokens of one forward and backward; the gradients of a batch are summed over its parts.
-    micro_batch_tokens: int | None = Field(None, ge=2)
+    micro_batch_tokens: int | None = Field(default=None, ge=2)
     budget: str
     policy: Literal["governor", "uniform"] = "governor"
     selector: SelectorConfig = SelectorConfig()
     governor: dict[str, Any] = Field(default_factory=dict)
     # A fifth is where 1-sqrt cooldowns stop improving (Haegele et al., 2024, arXiv:2405.18392).
-    cooldown: float = Field(0.2, ge=0, lt=1)
-    ema_decay: float = Field(0.9, ge=0, lt=1)
-    checkpoint_every: float = Field(0.2, gt=0, le=1)
+    cooldown: float = Field(default=0.2, ge=0, lt=1)
+    ema_decay: float = Field(default=0.9, ge=0, lt=1)
+    checkpoint_every: float = Field(default=0.2, gt=0, le=1)
     save_model: bool = True
-    seed: int = Field(0, ge=0, lt=2**31)
-    threads: int | None = Field(None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    threads: int | None = Field(default=None, ge=1)
     out: Path = Path("runs/latest")
 
     @field_validator("budget")

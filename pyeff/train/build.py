@@ -1,0 +1,86 @@
+"""Make the model trainable and its optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyeff.errors import UserError
+from pyeff.governor import TransformerShape
+from pyeff.train.config import LoRAConfig, OptimizerConfig
+
+# Names of the matrices in `pyeff.governor.flops` by what the modules are called in transformers.
+_LINEAR_OF_MODULE = {
+    **{f"{name}_proj": (name,) for name in ("q", "k", "v", "o", "gate", "up", "down")},
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+    "out_proj": ("o",),
+    "c_attn": ("q", "k", "v"),
+    "query_key_value": ("q", "k", "v"),
+    "c_fc": ("up",),
+    "fc1": ("up",),
+    "fc2": ("down",),
+    "dense_h_to_4h": ("up",),
+    "dense_4h_to_h": ("down",),
+}
+
+
+def own_memory(model: nn.Module) -> nn.Module:
+    """Move the weights out of the mapped file: the bits of a product may depend on how its operands are aligned."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return model
+
+
+def with_lora(model: nn.Module, lora: LoRAConfig, *, seed: int) -> nn.Module:
+    """Put adapters on the model, which is frozen but for them; their first values depend on ``seed`` alone.
+
+    Raises `UserError` when peft is missing or no module has a name asked for.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("lora needs the package peft: pip install peft") from error
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation is narrower than its meaning
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        wrapped: nn.Module = get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
+    return wrapped
+
+
+def lora_linears(model: nn.Module, shape: TransformerShape) -> set[str]:
+    """The matrices that carry an adapter, in the words of the FLOP formulas."""
+    names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
+    unknown = sorted(name for name in names if name not in _LINEAR_OF_MODULE)
+    if unknown:
+        raise UserError(
+            f"lora.target_modules: the FLOPs of an adapter on {unknown[0]!r} are not known; "
+            f"known are {', '.join(sorted(_LINEAR_OF_MODULE))}"
+        )
+    return {linear for name in names for linear in _LINEAR_OF_MODULE[name]} & set(shape.linears)
+
+
+def make_optimizer(settings: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with its moments in 8 bits or in the parameters' own type."""
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.states == "8bit":
+        from pyeff.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=True)

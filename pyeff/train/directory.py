@@ -1,0 +1,58 @@
+"""A run's directory: its configuration, its lock, and whether it is finished."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from pyeff.errors import UserError
+from pyeff.train.config import RunConfig, load_config
+from pyeff.train.events import Event, read_events
+
+
+def stored_config(directory: Path) -> RunConfig:
+    """The configuration a run was started with; `UserError` when there is no run."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no run in {directory}: {path} is missing")
+    return load_config(path)
+
+
+def changed_key(given: RunConfig, stored: RunConfig) -> str | None:
+    """The first key in which two configurations differ; the output directory may have moved."""
+    a, b = given.model_dump(mode="json"), stored.model_dump(mode="json")
+    return next((key for key in a if key != "out" and a[key] != b[key]), None)
+
+
+def end_event(out: Path) -> Event | None:
+    """The last event of a finished run; None while it is not finished."""
+    if not (out / "result.json").exists():
+        return None
+    end = next((event for event in read_events(out / "events.jsonl") if event["kind"] == "end"), None)
+    if end is None:
+        raise UserError(f"{out} has a result.json but no end in its events.jsonl: the directory is damaged")
+    return end
+
+
+class OnlyProcess:
+    """Hold the directory's lock: two processes writing one run would tear it. The kernel frees it on a kill."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / "lock"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> None:
+        with suppress(ImportError):  # Windows has no fcntl; there the lock is left out
+            import fcntl
+
+            self._file = self._path.open("w")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._file.close()
+                raise UserError(f"another process is running in {self._path.parent}") from error
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
