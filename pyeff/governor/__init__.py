@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from pyeff.governor.belief import Belief, Interval
 from pyeff.governor.budget import UNITS, Budget, Unit, format_amount
 from pyeff.governor.flops import Cost, TransformerShape, attention_pairs
 from pyeff.governor.ledger import FIELDS, Ledger, LedgerEntry
-from pyeff.governor.log import DecisionLog, read_decisions, replay
+from pyeff.governor.log import DecisionLog, replay
+from pyeff.governor.log import read as read_decisions
+from pyeff.governor.payback import PayBack, pay_back, worth_of_training
 from pyeff.governor.policy import (
     Action,
     Decision,
     Governor,
     GovernorConfig,
     Observation,
-    PayBack,
     Policy,
     UniformPolicy,
-    pay_back,
     recompute,
 )
 from pyeff.governor.signals import PairedGain, paired_gain
@@ -24,12 +25,14 @@ __all__ = [
     "FIELDS",
     "UNITS",
     "Action",
+    "Belief",
     "Budget",
     "Cost",
     "Decision",
     "DecisionLog",
     "Governor",
     "GovernorConfig",
+    "Interval",
     "Ledger",
     "LedgerEntry",
     "Observation",
@@ -46,4 +49,5 @@ __all__ = [
     "read_decisions",
     "recompute",
     "replay",
+    "worth_of_training",
 ]

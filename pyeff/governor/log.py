@@ -22,7 +22,7 @@ class DecisionLog:
     ...                     spent_before=0, refresh_cost=10, cooldown_cost=20)
     >>> log = DecisionLog(path)
     >>> log.append(Governor().decide(check))
-    >>> [decision.action.value for decision in read_decisions(path)], len(log)
+    >>> [decision.action.value for decision in read(path)], len(log)
     (['CONTINUE'], 1)
     """
 
@@ -73,7 +73,7 @@ class DecisionLog:
             _sync(file)
 
 
-def read_decisions(path: str | Path) -> list[Decision]:
+def read(path: str | Path) -> list[Decision]:
     """Read a log's decisions in order; a last line without its newline is left out.
 
     Raises ValueError naming the line when one is not a decision, and OSError when the file cannot be read.
@@ -96,7 +96,7 @@ def replay(path: str | Path) -> list[tuple[Decision, Decision]]:
     Raises ValueError naming the line when a decision's inputs cannot be used.
     """
     pairs = []
-    for number, logged in enumerate(read_decisions(path), start=1):
+    for number, logged in enumerate(read(path), start=1):
         try:
             pairs.append((logged, recompute(logged.inputs)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Protocol
 
+from pyeff.governor.belief import RATIO_LIMITS, Belief, Interval
 from pyeff.governor.budget import UNITS, format_amount
+from pyeff.governor.payback import PayBack, pay_back, worth_of_training
 from pyeff.governor.signals import PairedGain, paired_gain
 
 
@@ -178,10 +180,13 @@ class GovernorConfig:
             averaged weights go stale over a good part of a short run, not within a few checks.
         trajectory_log_sd: scatter of a measured log gain ratio beyond the anchors' sampling error: the path
             of the weights is one draw, and gains of neighbouring checks commonly differ by half.
-        slowing_exponent: p in "without a refresh the gain rate would have gone on as (training done)^-p". 1
-            is loss falling with the logarithm of training; a power law L0 + A C^-a has p = 1 + a.
-        response_checks: checks over which a refresh is judged, and before it its baseline. Two: the first
-            check after a switch still sees averaged weights from before it.
+        slowing: p in "without a refresh the rate of gain goes on as (training done)^-p", before the run has
+            shown its own. 0 is a loss falling on a straight line, 1 one falling with the logarithm of
+            training; half lies between, where a short run of a pretrained model is.
+        slowing_sd: standard deviation of p: from 0 to 1 within one. The run's own checks before a refresh
+            narrow it.
+        response_checks: checks over which a refresh is judged. Two: the first after a switch still sees
+            averaged weights from before it.
         min_dwell: checks between two refreshes, so that one is judged before the next is bought.
         overfit_checks: m, successive checks with the whole confidence interval of the gain below zero that
             end the run early. Three at 95 %: by sampling error alone once in 64 000.
@@ -198,7 +203,8 @@ class GovernorConfig:
     prior_log_sd: float = math.log(2.0)
     prior_decay: float = 0.5
     trajectory_log_sd: float = 0.5
-    slowing_exponent: float = 1.0
+    slowing: float = 0.5
+    slowing_sd: float = 0.5
     response_checks: int = 2
     min_dwell: int = 3
     overfit_checks: int = 3
@@ -216,125 +222,44 @@ class GovernorConfig:
         require("check_every", 0 < self.check_every < 1, "between 0 and 1")
         require("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
         require("confidence", 0 < self.confidence < 1, "between 0 and 1")
-        low, high = _RATIO_LIMITS
+        low, high = RATIO_LIMITS
         require("prior_gain_ratio", low <= self.prior_gain_ratio <= high, f"between {low:g} and {high:g}")
         require("prior_decay", math.isfinite(self.prior_decay) and self.prior_decay > 0, "positive")
-        for name in ("prior_log_sd", "trajectory_log_sd", "slowing_exponent", "deadband"):
+        for name in ("slowing_sd", "trajectory_log_sd"):  # precisions of the forecast are their inverse squares
+            require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "positive")
+        for name in ("prior_log_sd", "slowing", "deadband"):
             require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "not negative")
-
-
-# One run's noise must not convince the governor of more than a sixteenfold gain or loss.
-_RATIO_LIMITS = (1 / 16, 16.0)
-
-
-@dataclass(frozen=True)
-class PayBack:
-    """Both sides of the pay-back rule, in the budget's unit of training on the present data."""
-
-    benefit: float
-    cost: float
-
-    def pays(self, deadband: float = 0.0) -> bool:
-        """Whether the benefit exceeds the cost by the share ``deadband``."""
-        return self.benefit > (1 + deadband) * self.cost
-
-
-def pay_back(
-    *, gain_ratio: float, decay: float, refresh_cost: float, remaining: float, stale_for: float | None
-) -> PayBack:
-    """Weigh a fresh selection against its cost.
-
-    benefit = integral from 0 to B - S of (rho - 1) (exp(-x / tau) - exp(-(x + c) / tau)) dx
-            = (rho - 1) tau (1 - exp(-c / tau)) (1 - exp(-(B - S) / tau)),
-    cost    = S (1 + (rho - 1) exp(-c / tau)).
-
-    Args:
-        gain_ratio: rho > 0, rate of gain right after a selection over that without any.
-        decay: tau > 0, spend over which the advantage falls to 1/e.
-        refresh_cost: S >= 0.
-        remaining: B, what is left before the cooldown reserve; all four in the same unit.
-        stale_for: c, spent since the last scoring; None when the pool was never scored (c infinite).
-
-    The benefit is 0 when S >= B. Raises ValueError for amounts out of range.
-
-    >>> pay_back(gain_ratio=2.0, decay=100.0, refresh_cost=10.0, remaining=80.0, stale_for=None).pays()
-    True
-    """
-    for name, value in (("gain_ratio", gain_ratio), ("decay", decay)):
-        if not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    for name, value in (
-        ("refresh_cost", refresh_cost),
-        ("remaining", remaining),
-        ("stale_for", stale_for or 0.0),
-    ):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-    left = 1.0 if stale_for is None else -math.expm1(-stale_for / decay)  # share of the advantage that was lost
-    after = max(remaining - refresh_cost, 0.0)
-    benefit = (gain_ratio - 1) * decay * left * -math.expm1(-after / decay)
-    return PayBack(benefit=benefit, cost=refresh_cost * (1 + (gain_ratio - 1) * (1 - left)))
-
-
-@dataclass(frozen=True)
-class _Interval:
-    """Gain between two checks, against training spend (scoring not counted)."""
-
-    start: float
-    end: float
-    gain: float
-    standard_error: float
-
-    @property
-    def rate(self) -> float:
-        return self.gain / (self.end - self.start)
-
-    @property
-    def midpoint(self) -> float:
-        return (self.start + self.end) / 2
-
-
-@dataclass(frozen=True)
-class _Baseline:
-    """How fast the anchors improved before a refresh, and what the refresh replaced."""
-
-    rate: float
-    log_variance: float
-    midpoint: float
-    freshness: float  # what was left of the replaced selection's advantage, 0 without one
-    refreshed_at: float
 
 
 @dataclass(frozen=True)
 class _State:
+    """What a policy remembers between checks.
+
+    ``belief`` is None for the uniform policy. ``scoring_spent`` is what all scorings cost, so that rates are
+    per unit of training.
+    """
+
     checks: int = 0
     refreshes_seen: int = 0
     checks_since_refresh: int = 0
     falling_back: int = 0
-    log_ratio: float = 0.0
-    log_ratio_variance: float = 0.0
     scoring_spent: float = 0.0
-    scored_at: float | None = None
-    history: tuple[_Interval, ...] = ()
-    baseline: _Baseline | None = None
     cooling: bool = False
+    belief: Belief | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"history": [asdict(interval) for interval in self.history]}
+        return {
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "belief": None if self.belief is None else self.belief.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> _State:
         names = {item.name for item in fields(cls)}
         if set(plain) != names:
-            raise ValueError(f"state must have {', '.join(sorted(names))}, got {', '.join(sorted(map(str, plain)))}")
-        baseline = plain["baseline"]
-        return cls(
-            **{
-                **plain,
-                "history": tuple(_Interval(**interval) for interval in plain["history"]),
-                "baseline": None if baseline is None else _Baseline(**baseline),
-            }
-        )
+            raise ValueError(f"state must have {sorted(names)}, got {sorted(map(str, plain))}")
+        belief = plain["belief"]
+        return cls(**{**plain, "belief": None if belief is None else Belief.from_dict(belief)})
 
 
 def _cooldown_due(observation: Observation, config: GovernorConfig) -> bool:
@@ -346,7 +271,8 @@ def _cooldown_due(observation: Observation, config: GovernorConfig) -> bool:
 class UniformPolicy:
     """Train on the whole pool: CONTINUE until the cooldown is due, and never REFRESH.
 
-    The baseline of the same budget without selection. It uses ``check_every`` of the config and ignores the rest.
+    The baseline of the same budget without selection. It uses ``check_every`` of the config and ignores the
+    rest.
     """
 
     name = "uniform"
@@ -372,11 +298,12 @@ class UniformPolicy:
 class Governor:
     """Weigh every way of spending the next part of the budget and take the best.
 
-    At each check the governor compares the losses of the same anchor samples with those of the check before, updates
-    what it believes a selection is worth (:func:`pay_back`), and chooses
+    At each check the governor compares the losses of the same anchor samples with those of the check before,
+    updates what it believes a selection is worth (:func:`pay_back`), and chooses
 
     - REFRESH when scoring the pool again is expected to return more training than it costs, by the deadband;
-    - COOLDOWN when one more interval would eat into the reserve, or when the whole interval of the gain lay below
+    - COOLDOWN when one more interval would eat into the reserve, or when the whole interval of the gain lay
+      below
       zero ``overfit_checks`` times in a row;
     - CONTINUE otherwise, and whenever a loss is not finite.
 
@@ -387,14 +314,8 @@ class Governor:
 
     def __init__(self, config: GovernorConfig | None = None) -> None:
         self.config = config or GovernorConfig()
-        self._state = _State(
-            log_ratio=math.log(self.config.prior_gain_ratio), log_ratio_variance=self.config.prior_log_sd**2
-        )
-
-    @property
-    def gain_ratio(self) -> float:
-        """What the governor believes now: rate of gain on a fresh selection over that on the whole pool."""
-        return math.exp(self._state.log_ratio)
+        prior = Belief(math.log(self.config.prior_gain_ratio), self.config.prior_log_sd**2)
+        self._state = _State(belief=prior)
 
     def decide(self, observation: Observation) -> Decision:
         """Take the decision of one check and remember what it showed.
@@ -437,35 +358,33 @@ def _inputs(policy: str, config: GovernorConfig, state: _State, observation: Obs
 
 def _decide_uniform(config: GovernorConfig, state: _State, observation: Observation) -> tuple[Decision, _State]:
     left = max(observation.budget - observation.spent - observation.cooldown_cost, 0.0)
+    gain = _gain(config, observation)
     due = state.cooling or _cooldown_due(observation, config)
-    left_text = format_amount(left, observation.unit)
+    blocked = {"REFRESH": "the uniform policy never selects"}
     if due:
-        reason = f"{left_text} before the cooldown's reserve is less than one check interval: anneal now."
-    else:
-        reason = f"{left_text} left before the cooldown's reserve; this policy never selects."
+        blocked["CONTINUE"] = _DUE
     decision = Decision(
         step=observation.step,
         action=Action.COOLDOWN if due else Action.CONTINUE,
-        reason=reason,
+        reason=_anneal(blocked, left, observation, gain)
+        if due
+        else f"Go on: {_progress(gain, observation)}; this policy never selects.",
         inputs=_inputs("uniform", config, state, observation),
         values={"CONTINUE": 0.0, "REFRESH": -observation.refresh_cost, "COOLDOWN": 0.0 if due else -left},
-        blocked={"REFRESH": "the uniform policy never selects"} | ({"CONTINUE": "the cooldown is due"} if due else {}),
+        estimates=_measured(gain, observation.spent - observation.spent_before) | {"left": left},
+        blocked=blocked,
     )
     return decision, replace(state, checks=state.checks + 1, cooling=due)
 
 
 def _decide_governor(config: GovernorConfig, state: _State, observation: Observation) -> tuple[Decision, _State]:
-    usable = bool(observation.anchors_before) and all(
-        math.isfinite(loss) for loss in (*observation.anchors_before, *observation.anchors_now)
-    )
-    gain = None
-    if usable:
-        gain = paired_gain(observation.anchors_before, observation.anchors_now, confidence=config.confidence)
+    gain = _gain(config, observation)
     decay = config.prior_decay * observation.budget
-    new = _learn(config, _account(config, state, observation, gain), decay)
+    new = _account(config, state, observation, gain, decay)
+    assert new.belief is not None
     left = max(observation.budget - observation.spent - observation.cooldown_cost, 0.0)
     stale_for = None if observation.scored_at is None else observation.spent - observation.scored_at
-    ratio = math.exp(new.log_ratio)
+    ratio = new.belief.ratio
     weighed = pay_back(
         gain_ratio=ratio,
         decay=decay,
@@ -473,47 +392,19 @@ def _decide_governor(config: GovernorConfig, state: _State, observation: Observa
         remaining=left,
         stale_for=stale_for,
     )
-    freshness = 0.0 if stale_for is None else math.exp(-stale_for / decay)
-    # What the rest of the plateau yields as things are, in training on unselected data.
-    worth_of_rest = left + (ratio - 1) * freshness * decay * -math.expm1(-left / decay)
+    rest = worth_of_training(gain_ratio=ratio, decay=decay, remaining=left, stale_for=stale_for)
     overfit = new.falling_back >= config.overfit_checks
-    due = _cooldown_due(observation, config)
-    sound = observation.loss_finite and (usable or not observation.anchors_before)
-
-    def amount(value: float) -> str:
-        return format_amount(value, observation.unit)
-
-    blocked: dict[str, str] = {}
-    if state.cooling:
-        blocked = dict.fromkeys(("CONTINUE", "REFRESH"), "the cooldown has begun")
-    elif not observation.loss_finite:
-        blocked = dict.fromkeys(("REFRESH", "COOLDOWN"), "a training loss is not finite")
-    elif due:
-        blocked = dict.fromkeys(("CONTINUE", "REFRESH"), "one more interval would eat into the reserve")
-    elif not sound:
-        blocked = dict.fromkeys(("REFRESH", "COOLDOWN"), "an anchor loss is not finite")
-    elif overfit:
-        blocked["REFRESH"] = "the anchors are getting worse, and what a selection is worth presumes the opposite"
-    else:
-        warmup = config.warmup * observation.budget
-        if observation.step == 0 or not observation.anchors_before:
-            blocked["REFRESH"] = "nothing is known of this run yet: a selection waits for the first gain"
-        elif observation.spent < warmup:
-            blocked["REFRESH"] = f"warm-up: {amount(observation.spent)} of {amount(warmup)} spent"
-        elif observation.refreshes_done and new.checks_since_refresh < config.min_dwell:
-            done = new.checks_since_refresh
-            blocked["REFRESH"] = f"check {done} of {config.min_dwell} since the last refresh"
-        elif observation.refresh_cost >= left:
-            blocked["REFRESH"] = (
-                f"it costs {amount(observation.refresh_cost)} and only {amount(left)} is left before the cooldown"
-            )
+    blocked = _blocked(config, state, new, observation, gain, left)
+    annealing = "CONTINUE" in blocked
     values = {
         "CONTINUE": 0.0,
         "REFRESH": weighed.benefit - (1 + config.deadband) * weighed.cost,
-        "COOLDOWN": worth_of_rest if overfit else 0.0 if due or state.cooling else -worth_of_rest,
+        # To stop forgoes the rest, which is worth its negative once training makes the anchors worse.
+        "COOLDOWN": 0.0 if annealing else rest if overfit else -rest,
     }
-    # Ties go to the action that comes first: to do nothing new.
+    # Of equals max takes the first: to go on.
     action = max((item for item in Action if item.value not in blocked), key=lambda item: values[item.value])
+    low, high = new.belief.interval()
     decision = Decision(
         step=observation.step,
         action=action,
@@ -522,127 +413,132 @@ def _decide_governor(config: GovernorConfig, state: _State, observation: Observa
         ),
         inputs=_inputs("governor", config, state, observation),
         values=values,
-        estimates={
-            "gain": None if gain is None else asdict(gain),
-            "gain_rate": new.history[-1].rate if new.history else None,
+        estimates=_measured(
+            gain, observation.spent - observation.spent_before - (new.scoring_spent - state.scoring_spent)
+        )
+        | {
+            "left": left,
             "gain_ratio": ratio,
-            "gain_ratio_low": math.exp(new.log_ratio - 1.96 * math.sqrt(new.log_ratio_variance)),
-            "gain_ratio_high": math.exp(new.log_ratio + 1.96 * math.sqrt(new.log_ratio_variance)),
+            "gain_ratio_low": low,
+            "gain_ratio_high": high,
             "decay": decay,
             "stale_for": stale_for,
             "refresh_benefit": weighed.benefit,
             "refresh_cost": weighed.cost,
-            "left": left,
         },
         blocked=blocked,
     )
     return decision, replace(new, cooling=state.cooling or action is Action.COOLDOWN)
 
 
-def _account(config: GovernorConfig, state: _State, observation: Observation, gain: PairedGain | None) -> _State:
-    """Count the check, and file its gain before or after the latest refresh."""
+def _gain(config: GovernorConfig, observation: Observation) -> PairedGain | None:
+    """Measure the gain since the previous check; None at the first check and when a loss is not finite."""
+    losses = (*observation.anchors_before, *observation.anchors_now)
+    if not observation.anchors_before or not all(map(math.isfinite, losses)):
+        return None
+    return paired_gain(observation.anchors_before, observation.anchors_now, confidence=config.confidence)
+
+
+def _measured(gain: PairedGain | None, trained: float) -> dict[str, Any]:
+    return {
+        "gain": None if gain is None else asdict(gain),
+        "gain_rate": None if gain is None or trained <= 0 else gain.mean / trained,
+    }
+
+
+def _account(
+    config: GovernorConfig, state: _State, observation: Observation, gain: PairedGain | None, decay: float
+) -> _State:
+    """Count the check and hand its gain to the belief, before or after the latest refresh."""
     if observation.refreshes_done < state.refreshes_seen:
         raise ValueError(
             f"refreshes_done must not fall: {state.refreshes_seen} were seen, got {observation.refreshes_done}"
         )
+    belief = state.belief
+    assert belief is not None
     refreshed = observation.refreshes_done > state.refreshes_seen
     scoring_spent = state.scoring_spent
-    history, baseline = state.history, state.baseline
     if refreshed:
-        scored_at = observation.scored_at
-        if scored_at is None:
+        if observation.scored_at is None:
             raise ValueError("scored_at must be given once refreshes_done is positive, got None")
-        paid_for = max(scored_at - observation.spent_before, 0.0)
-        baseline = _baseline(config, state, observation)
-        scoring_spent += paid_for
-        history = ()
-    falling = gain is not None and gain.high < 0
+        scoring_spent += max(observation.scored_at - observation.spent_before, 0.0)
+        belief = belief.refreshed()
     start, end = observation.spent_before - state.scoring_spent, observation.spent - scoring_spent
     if gain is None or end <= start:
-        history = ()  # a window must have no gap
+        belief = belief.interrupted()
     else:
-        interval = _Interval(start, end, gain.mean, gain.standard_error)
-        history = (*history, interval)[-config.response_checks :]
+        freshness = 0.0
+        if observation.scored_at is not None:
+            since_scoring = observation.spent - (end - start) / 2 - observation.scored_at
+            freshness = math.exp(-max(since_scoring, 0.0) / decay)
+        belief = belief.measured(
+            Interval(start, end, gain.mean, gain.standard_error, freshness),
+            response_checks=config.response_checks,
+            slowing=config.slowing,
+            slowing_sd=config.slowing_sd,
+            trajectory_log_sd=config.trajectory_log_sd,
+        )
     return replace(
         state,
         checks=state.checks + 1,
         refreshes_seen=observation.refreshes_done,
         checks_since_refresh=1 if refreshed else state.checks_since_refresh + 1,
-        falling_back=state.falling_back + 1 if falling else 0,
+        falling_back=state.falling_back + 1 if gain is not None and gain.high < 0 else 0,
         scoring_spent=scoring_spent,
-        scored_at=observation.scored_at,
-        history=history,
-        baseline=baseline,
+        belief=belief,
     )
 
 
-def _baseline(config: GovernorConfig, state: _State, observation: Observation) -> _Baseline | None:
-    """Sum up the intervals before a refresh; None when they show no gain to compare with."""
-    total = _sum_intervals(state.history)
-    if total is None or total.gain <= 0:
-        return None
-    freshness = 0.0
-    if state.scored_at is not None:
-        stale_for = observation.spent_before - state.scored_at - (total.end - total.start) / 2
-        freshness = math.exp(-max(stale_for, 0.0) / (config.prior_decay * observation.budget))
-    return _Baseline(
-        rate=total.rate,
-        log_variance=(total.standard_error / total.gain) ** 2,
-        midpoint=total.midpoint,
-        freshness=freshness,
-        refreshed_at=total.end,
-    )
+_DUE = "one more interval would eat into the cooldown's reserve"
 
 
-def _sum_intervals(history: Sequence[_Interval]) -> _Interval | None:
-    """Join neighbouring intervals.
+def _blocked(
+    config: GovernorConfig,
+    state: _State,
+    new: _State,
+    observation: Observation,
+    gain: PairedGain | None,
+    left: float,
+) -> dict[str, str]:
+    """Return the actions that are not open at this check, and why."""
 
-    Their errors share the anchors, so they are not independent: the sum of standard errors bounds that of the sum.
-    """
-    if not history:
-        return None
-    return _Interval(
-        start=history[0].start,
-        end=history[-1].end,
-        gain=math.fsum(interval.gain for interval in history),
-        standard_error=math.fsum(interval.standard_error for interval in history),
-    )
+    def amount(value: float) -> str:
+        return format_amount(value, observation.unit)
+
+    if state.cooling:
+        return dict.fromkeys(("CONTINUE", "REFRESH"), "the cooldown has begun")
+    if not observation.loss_finite:
+        return dict.fromkeys(("REFRESH", "COOLDOWN"), "a training loss is not finite")
+    if _cooldown_due(observation, config):
+        return dict.fromkeys(("CONTINUE", "REFRESH"), _DUE)
+    if observation.anchors_before and gain is None:
+        return dict.fromkeys(("REFRESH", "COOLDOWN"), "an anchor loss is not finite")
+    warmup = config.warmup * observation.budget
+    if observation.step == 0 or not observation.anchors_before:
+        why = "a selection waits until this run has shown a first gain"
+    elif observation.spent < warmup:
+        why = f"only {amount(observation.spent)} of the {amount(warmup)} of warm-up are spent"
+    elif observation.refreshes_done and new.checks_since_refresh < config.min_dwell:
+        why = f"this is check {new.checks_since_refresh} of {config.min_dwell} since the last one"
+    elif new.falling_back >= config.overfit_checks:
+        why = "the anchors are getting worse"
+    elif observation.refresh_cost >= left:
+        why = f"it costs {amount(observation.refresh_cost)} and {amount(left)} is left before the cooldown"
+    else:
+        return {}
+    return {"REFRESH": why}
 
 
-def _learn(config: GovernorConfig, state: _State, decay: float) -> _State:
-    """Update the gain ratio once a refresh has been watched for ``response_checks`` checks.
+def _progress(gain: PairedGain | None, observation: Observation) -> str:
+    if gain is None:
+        return "no gain has been measured yet"
+    spent = format_amount(observation.spent - observation.spent_before, observation.unit)
+    return f"the anchors gained {gain.mean:.3g} ± {gain.standard_error:.2g} nats over the last {spent}"
 
-    Observed is y = log(rate after / rate expected without the refresh), modelled as
-    h(log rho) = log(1 + (rho - 1) a) - log(1 + (rho - 1) b) plus noise, where a and b are what is left of the new and
-    of the replaced selection's advantage in the two windows. With a = 1 and b = 0, h is log rho itself and this is
-    the conjugate Gaussian update; otherwise it is linearised at the present estimate.
-    """
-    baseline, after = state.baseline, _sum_intervals(state.history)
-    if baseline is None or after is None or len(state.history) < config.response_checks:
-        return state
-    # Learning slows down by itself: the refresh is judged against the slowed rate, not the last one.
-    expected = baseline.rate * (baseline.midpoint / after.midpoint) ** config.slowing_exponent
-    # A loss has no logarithm. It counts as a gain the size of its own error, one standard deviation in the log.
-    floor = max(after.standard_error, _RATIO_LIMITS[0] * expected * (after.end - after.start))
-    gained = max(after.gain, floor)
-    observed = math.log(gained / (after.end - after.start) / expected)
-    noise = (after.standard_error / gained) ** 2 + baseline.log_variance + config.trajectory_log_sd**2
 
-    fresh, stale = math.exp(-(after.midpoint - baseline.refreshed_at) / decay), baseline.freshness
-    ratio = math.exp(state.log_ratio)
-    with_fresh, with_stale = 1 + (ratio - 1) * fresh, 1 + (ratio - 1) * stale
-    slope = ratio * (fresh / with_fresh - stale / with_stale)
-    variance = state.log_ratio_variance
-    spread = slope**2 * variance + noise
-    weight = variance * slope / spread if spread > 0 else 0.0
-    moved = state.log_ratio + weight * (observed - math.log(with_fresh / with_stale))
-    low, high = _RATIO_LIMITS
-    return replace(
-        state,
-        log_ratio=min(max(moved, math.log(low)), math.log(high)),
-        log_ratio_variance=max(variance * (1 - weight * slope), 0.0),
-        baseline=None,
-    )
+def _anneal(blocked: Mapping[str, str], left: float, observation: Observation, gain: PairedGain | None) -> str:
+    left_text = format_amount(left, observation.unit)
+    return f"Anneal: {blocked['CONTINUE']}, {left_text} away; {_progress(gain, observation)}."
 
 
 def _reason(
@@ -661,26 +557,23 @@ def _reason(
     def amount(value: float) -> str:
         return format_amount(value, observation.unit)
 
-    if gain is None:
-        progress = "no gain has been measured yet"
-    else:
-        progress = (
-            f"the anchors gained {gain.mean:.3g} ± {gain.standard_error:.2g} nats "
-            f"over the last {amount(observation.spent - observation.spent_before)}"
-        )
+    progress = _progress(gain, observation)
     if action is Action.COOLDOWN:
         if "CONTINUE" in blocked:
-            return f"Anneal: {blocked['CONTINUE']}, with {amount(left)} left before it; {progress}."
-        return f"Anneal early: at {state.falling_back} checks in a row the anchors got worse beyond doubt; {progress}."
+            return _anneal(blocked, left, observation, gain)
+        return f"Anneal early: {state.falling_back} checks in a row the anchors got worse for sure; {progress}."
+    if "COOLDOWN" in blocked:
+        return f"Go on as planned: {blocked['COOLDOWN']}, so nothing is decided on it."
+    if "REFRESH" in blocked:
+        return f"Go on: {progress}; no refresh: {blocked['REFRESH']}."
+    price = amount(observation.refresh_cost)
+    if weighed.cost != observation.refresh_cost:
+        price += f", worth {amount(weighed.cost)} of unselected training,"
     weights = (
-        f"scoring the pool costs {amount(weighed.cost)} of training and should return {amount(weighed.benefit)} "
-        f"in the {amount(left)} left before the cooldown (gain ratio {ratio:.2f}, fading over {amount(decay)})"
+        f"scoring the pool costs {price} and should return {amount(weighed.benefit)} in the {amount(left)} left "
+        f"before the cooldown (gain ratio {ratio:.2f}, fading over {amount(decay)})"
     )
     if action is Action.REFRESH:
         return f"Refresh: {weights}; {progress}."
-    if "COOLDOWN" in blocked:
-        return f"Keep the schedule: {blocked['COOLDOWN']}, so nothing is decided on it."
-    if "REFRESH" in blocked:
-        return f"Go on: {progress}; no refresh: {blocked['REFRESH']}."
-    short = "" if weighed.benefit <= weighed.cost else f", less than {config.deadband:.0%} more"
+    short = f", not {config.deadband:.0%} more" if weighed.benefit > weighed.cost else ""
     return f"Go on: {weights}{short}; {progress}."

@@ -1,0 +1,67 @@
+"""When a selection returns more training than it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PayBack:
+    """Both sides of the pay-back rule, in the budget's unit of training without a selection."""
+
+    benefit: float
+    cost: float
+
+    def pays(self, deadband: float = 0.0) -> bool:
+        """Whether the benefit exceeds the cost by the share ``deadband``."""
+        return self.benefit > (1 + deadband) * self.cost
+
+
+def pay_back(
+    *, gain_ratio: float, decay: float, refresh_cost: float, remaining: float, stale_for: float | None
+) -> PayBack:
+    """Weigh a fresh selection against its cost.
+
+    Training x after a scoring moves the anchors 1 + (rho - 1) exp(-x / tau) times as fast as training without
+    a selection. A refresh now raises that rate over the B - S that remain after it, and forgoes S of training
+    at most at the present rate:
+
+        benefit = integral from 0 to B - S of (rho - 1) (exp(-x / tau) - exp(-(x + c) / tau)) dx
+                = (rho - 1) tau (1 - exp(-c / tau)) (1 - exp(-(B - S) / tau))
+        cost    = S (1 + (rho - 1) exp(-c / tau))
+
+    Args:
+        gain_ratio: rho > 0, rate of gain right after a selection over that without any.
+        decay: tau > 0, spend over which the advantage falls to 1/e.
+        refresh_cost: S >= 0.
+        remaining: B, what is left before the cooldown's reserve; all amounts in one unit.
+        stale_for: c, spent since the last scoring; None when the pool was never scored (c infinite).
+
+    The benefit is 0 when S >= B. Raises ValueError for amounts out of range.
+
+    >>> pay_back(gain_ratio=2.0, decay=100.0, refresh_cost=10.0, remaining=80.0, stale_for=None).pays()
+    True
+    """
+    for name, value in (("gain_ratio", gain_ratio), ("decay", decay)):
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    amounts = (("refresh_cost", refresh_cost), ("remaining", remaining), ("stale_for", stale_for or 0.0))
+    for name, value in amounts:
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    lost = 1.0 if stale_for is None else -math.expm1(-stale_for / decay)  # share of the advantage gone
+    after = max(remaining - refresh_cost, 0.0)
+    return PayBack(
+        benefit=(gain_ratio - 1) * decay * lost * -math.expm1(-after / decay),
+        cost=refresh_cost * (1 + (gain_ratio - 1) * (1 - lost)),
+    )
+
+
+def worth_of_training(*, gain_ratio: float, decay: float, remaining: float, stale_for: float | None) -> float:
+    """Return what training on the present data until the cooldown is worth, without a selection's cost.
+
+    integral from 0 to B of 1 + (rho - 1) exp(-(x + c) / tau) dx, arguments as in :func:`pay_back`.
+    """
+    kept = 0.0 if stale_for is None else math.exp(-stale_for / decay)
+    return remaining + (gain_ratio - 1) * kept * decay * -math.expm1(-remaining / decay)
