@@ -16,6 +16,8 @@
 
 namespace py = pybind11;
 
+void bind_linear_cross_entropy_scores(py::module_& m);
+
 namespace {
 
 py::dict build_info() {
@@ -48,6 +50,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of pyeff; called through pyeff.ops.";
     m.def("build_info", &build_info);
+    bind_linear_cross_entropy_scores(m);
 #ifdef PYEFF_CUDA
     // None when a kernel of this build can run on the current device, else the reason.
     m.def("cuda_problem", []() -> py::object {

@@ -11,6 +11,10 @@
 
 #include "common/lane.h"
 #if defined(PYEFF_AT_AVX512) || defined(PYEFF_AT_AVX2)
+#ifdef __GNUC__
+// GCC before 13 takes the undefined operand inside its own AVX-512 intrinsics for a bug of their callers.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -18,6 +22,18 @@ namespace pyeff {
 namespace PYEFF_LEVEL {
 
 constexpr int LANES = 16;
+
+// The operations of one lane, which those of sixteen would hide.
+using pyeff::abs_of;
+using pyeff::bits_of;
+using pyeff::broadcast;
+using pyeff::divide;
+using pyeff::float_of_bits;
+using pyeff::float_of_uint;
+using pyeff::max_of;
+using pyeff::min_of;
+using pyeff::select;
+using pyeff::sqrt_of;
 
 #if defined(PYEFF_AT_AVX512)
 // ------------------------------------------------------------------------------------------------ AVX-512
