@@ -276,14 +276,15 @@ def _shape_of_model(model: PreTrainedModel) -> TransformerShape:
         raise refusal from error
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    # GPT-2's n_inner may be None and then means four times the width; some families leave the field out.
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    # Three names for the MLP's width; GPT-2's may be None and then means four times the hidden size.
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    intermediate = next((width for width in widths if width), 4 * hidden)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     head = model.get_output_embeddings()
     if not isinstance(intermediate, int) or not stacks or head is None:
         raise refusal
     # Matrices only: norms, biases and the like are not counted.
-    matrices = sum(p.numel() for p in stacks[0].parameters() if p.ndim >= 2)
+    matrices = {sum(p.numel() for p in stack.parameters() if p.ndim >= 2) for stack in stacks}
     for gated in (True, False):
         shape = TransformerShape(
             layers=layers,
@@ -295,7 +296,7 @@ def _shape_of_model(model: PreTrainedModel) -> TransformerShape:
             vocab_size=int(head.weight.shape[0]),
             tied_embeddings=bool(model.config.tie_word_embeddings),
         )
-        if layers * sum(n * m for n, m in shape.linears.values()) == matrices:
+        if layers * sum(n * m for n, m in shape.linears.values()) in matrices:
             return shape
     raise refusal
 
