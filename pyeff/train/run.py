@@ -481,6 +481,9 @@ class _Run:
             left = meter.budget.amount - meter.spent - observation.cooldown_cost
             self._enter_cooldown(early=left >= self._check_interval())
         state.next_check = meter.spent + self._check_interval()
+        if decision.action is Action.REFRESH:
+            # The dearest single piece of a run: it is not paid twice.
+            self._save()
 
     def _enter_cooldown(self, *, early: bool) -> None:
         """Anneal over all that is left, or when training is stopped early only over the reserve."""
@@ -542,8 +545,6 @@ class _Run:
             by_source=self._by_source(selection),
             examples=self._examples(selection, pool),
         )
-        # The dearest single piece of a run: it is not paid twice.
-        self._save()
 
     def _score(self, name: str) -> PoolScores:
         def charge(batch: PackedBatch, answers: int) -> None:
