@@ -7,8 +7,7 @@ Torch, matplotlib and rich are imported by the commands that need them, so `pyef
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +73,7 @@ def run(
 
     console = Console()
     try:
-        with display(console) as observer:
+        with display(console, directory=resume or settings.out) as observer:
             train_run(settings, observers=[observer], resume=resume)
     except KeyboardInterrupt:
         _say_how_to_resume(resume or settings.out)
@@ -125,7 +124,7 @@ def info() -> None:
     Console().print(tables.installed(pyeff.info()))
 
 
-def _settings(config: Path | None, given: dict[str, object], resume: Path | None) -> RunConfig:
+def _settings(config: Path | None, given: Mapping[str, object], resume: Path | None) -> RunConfig:
     from pyeff.train.config import load_config, parse_config
 
     if resume is not None:
@@ -179,7 +178,5 @@ def _say_how_to_resume(directory: Path) -> None:
 
 
 def _fail(sentence: str) -> int:
-    typer.secho(
-        f"Error: {' '.join(sentence.split())}", fg=typer.colors.RED, err=True, color=sys.stderr.isatty() or None
-    )
+    typer.secho(f"Error: {' '.join(sentence.split())}", fg=typer.colors.RED, err=True)
     return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pyeff.cli.record import Event, Spending, estimate_text
+from pyeff.cli.record import Event, Spending, estimate_text, load_run, observation
 from pyeff.cli.units import Scale, duration, loss_text, number, percent, plural
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -37,8 +38,12 @@ _ACTION_STYLES = {"CONTINUE": "bold", "REFRESH": "bold #E69F00", "COOLDOWN": "bo
 class Progress:
     """The state of a run as far as it is shown, fed with events."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
         self.started = time.monotonic()
+        self._forget()
+
+    def _forget(self) -> None:
         self.scale = Scale.of("flops", 1e12)
         self.budget = math.nan
         self.policy = ""
@@ -61,6 +66,11 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Take in one event; kinds that are not shown are ignored."""
+        if event["kind"] == "resume" and self.directory is not None:
+            self._read_back()
+        self._take(event)
+
+    def _take(self, event: Event) -> None:
         self.spending.add(event)
         kind = event["kind"]
         take = getattr(self, f"_on_{kind}", None)
@@ -91,8 +101,14 @@ class Progress:
 
     def _on_resume(self, event: Event) -> None:
         self.resumed_at = float(event.get("spent") or 0.0)
-        self.spending.total = max(self.spending.total, self.resumed_at)
         self.doing = "resumed from a checkpoint"
+
+    def _read_back(self) -> None:
+        """Take in the events of the run before it was resumed: its file holds them, the observers never saw them."""
+        assert self.directory is not None
+        self._forget()
+        for event in load_run(self.directory).events[:-1]:  # the last one is the resume itself
+            self._take(event)
 
     def _on_step(self, event: Event) -> None:
         self.last_step = event
@@ -113,7 +129,7 @@ class Progress:
         if event["action"] != "CONTINUE":
             self.latest_turn = event
         self.counts[event["action"]] = self.counts.get(event["action"], 0) + 1
-        self.gain = self._measured_gain(event.get("inputs") or {})
+        self.gain = self._measured_gain(observation(event))
         if event["action"] == "REFRESH":
             size = self.pool.get("samples")
             self.doing = f"scoring {size} samples" if size else "scoring the pool"
@@ -123,8 +139,9 @@ class Progress:
         before, now = inputs.get("anchors_before"), inputs.get("anchors_now")
         start, stop = inputs.get("spent_before"), inputs.get("spent")
         if before and now and len(before) == len(now) > 1 and start is not None and stop is not None:
-            gains = [b - a for b, a in zip(before, now, strict=True) if b is not None and a is not None]
-            if len(gains) == len(before) and stop > start:
+            finite = all(isinstance(loss, int | float) for loss in (*before, *now))
+            if finite and stop > start:
+                gains = [b - a for b, a in zip(before, now, strict=True)]
                 mean = math.fsum(gains) / len(gains)
                 variance = math.fsum((g - mean) ** 2 for g in gains) / (len(gains) - 1)
                 error = math.sqrt(variance / len(gains))
@@ -152,8 +169,8 @@ class Progress:
 class LiveDisplay(Progress):
     """A panel that is redrawn in place; a context manager around the run."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__()
+    def __init__(self, console: Console, *, directory: Path | None = None) -> None:
+        super().__init__(directory)
         self._console = console
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self.render, transient=False)
 
@@ -265,8 +282,8 @@ class LiveDisplay(Progress):
 class PlainDisplay(Progress):
     """Lines for logs and pipes: one for about every 5 % of the budget, and one for everything that matters."""
 
-    def __init__(self, console: Console, *, every: float = 0.05) -> None:
-        super().__init__()
+    def __init__(self, console: Console, *, directory: Path | None = None, every: float = 0.05) -> None:
+        super().__init__(directory)
         self._console = console
         self._every = every
         self._next = 0.0
@@ -326,9 +343,14 @@ class PlainDisplay(Progress):
         return f"{share:5.1f} %  {duration(self.seconds):>9}  {text}"
 
 
-def display(console: Console) -> LiveDisplay | PlainDisplay:
-    """The live panel where the console is a terminal that can redraw, else plain lines."""
-    return LiveDisplay(console) if console.is_terminal and not console.is_dumb_terminal else PlainDisplay(console)
+def display(console: Console, *, directory: Path | None = None) -> LiveDisplay | PlainDisplay:
+    """The live panel where the console is a terminal that can redraw, else plain lines.
+
+    `directory` is where the run keeps its events: what happened before a resume is read back from there.
+    """
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveDisplay(console, directory=directory)
+    return PlainDisplay(console, directory=directory)
 
 
 def sparkline(values: list[float], width: int) -> str:

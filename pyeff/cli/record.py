@@ -36,7 +36,16 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "end": ("step", "ledger", "holdout"),
 }
 _NUMBERS = ("spent", "time", "step", "loss", "standard_error", "flops", "kept", "of", "correct", "total")
-_FIELD_OF = {"evaluate": "eval", "exact_match": "eval", "score": "score", "probe": "probe"}
+# Which ledger field the spending since the previous event belongs to, by kind; steps say it themselves.
+_FIELD_OF = {
+    "evaluate": "eval",
+    "exact_match": "eval",
+    "score": "score",
+    "select": "score",
+    "probe": "probe",
+    "checkpoint": "train",
+    "resume": "discarded",
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class RunRecord:
                 self.spent_at(e),
                 _float(e["loss"]),
                 _float(e.get("standard_error")),
-                tuple(e["losses"]) if e.get("losses") else None,
+                _losses(e.get("losses")),
             )
             for e in self.of("evaluate")
             if e["set"] == which
@@ -264,6 +273,13 @@ def _check_start(file: Path, start: Event) -> None:
         )
 
 
+def _losses(values: Any) -> tuple[float, ...] | None:
+    """Losses sample by sample, or None where they were not written or one of them is not finite."""
+    if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        return None
+    return tuple(float(v) for v in values)
+
+
 def _float(value: Any) -> float:
     return math.nan if value is None else float(value)
 
@@ -275,6 +291,15 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def observation(decision: Event) -> dict[str, Any]:
+    """What the policy saw when it took this decision; empty where the event does not say."""
+    inputs = decision.get("inputs")
+    if not isinstance(inputs, dict):
+        return {}
+    nested = inputs.get("observation")
+    return nested if isinstance(nested, dict) else inputs
 
 
 def estimate_text(start: Event) -> str:

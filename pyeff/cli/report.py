@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyeff.cli import plots
-from pyeff.cli.record import RunRecord, estimate_text, flatten
+from pyeff.cli.record import RunRecord, estimate_text, flatten, observation
 from pyeff.cli.units import Scale, duration, loss_text, number, percent, plural
 from pyeff.cli.verdict import verdict
 from pyeff.errors import UserError
@@ -300,15 +300,19 @@ def _decisions(record: RunRecord, pictures: dict[str, bytes]) -> str:
                 percent(record.spent_at(event), record.budget),
                 event["action"],
                 event["reason"],
-                _Cell("<br>".join(f"{esc(k)} {esc(number(v))}" for k, v in values.items() if _is_number(v))),
-                _inputs(event.get("inputs") or {}),
+                _Cell("<br>".join(f"{esc(k)} {_worth(record, v)}" for k, v in values.items() if _is_number(v))),
+                _inputs(observation(event) | (event.get("estimates") or {})),
             ]
         )
     classes = ["turn" if e["action"] != "CONTINUE" else "" for e in made]
-    header = ["step", "spent", "action", "why", "value of each action", "inputs"]
+    header = ["step", "spent", "action", "why", "worth against CONTINUE, as training", "measured"]
     return picture(pictures["decisions"], "Every decision on the time line of the budget") + table(
         header, rows, numeric=[0, 1], classes=classes
     )
+
+
+def _worth(record: RunRecord, value: float) -> str:
+    return "0" if value == 0 else esc(record.scale.text(value))
 
 
 def _inputs(inputs: dict[str, Any]) -> _Cell:

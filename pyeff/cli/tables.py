@@ -93,7 +93,7 @@ def installed(info: Info) -> RenderableType:
     rows = [_fields(found) for found in info.operations]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("device", "impl"))
+        table.add_column(column, overflow="fold", no_wrap=column in ("operation", "device", "impl"))
     for row in rows:
         table.add_row(*(Text(_text(row.get(column))) for column in columns))
     return Group(facts, table) if rows else facts

@@ -82,6 +82,7 @@ class SyntheticRun:
             weights="ema",
             loss=float(np.mean(losses)),
             standard_error=se,
+            losses=losses,
         )
         return losses
 
@@ -123,7 +124,14 @@ class SyntheticRun:
             "refreshes_done": 0,
             "loss_finite": True,
         }
-        self.emit("decision", step=self.step, action=action, reason=reason, inputs=inputs, values=values)
+        self.emit(
+            "decision",
+            step=self.step,
+            action=action,
+            reason=reason,
+            inputs={"policy": self.policy, "config": {}, "state": {}, "observation": inputs},
+            values=values,
+        )
 
     def refresh(self) -> None:
         self.charge("score", 0.24)
