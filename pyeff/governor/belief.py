@@ -162,7 +162,8 @@ def _learn(belief: Belief, slowing: float, slowing_sd: float, trajectory_log_sd:
     otherwise h is linearised at the present mean. A selection that is replaced while fresh has h close to 0
     and teaches little.
     """
-    seen = [interval for interval in belief.before if interval.gain > 0]
+    # A gain lost in its own error has no usable logarithm.
+    seen = [interval for interval in belief.before if interval.gain > 0.01 * interval.standard_error]
     if not seen:  # nothing was being learned: no rate to compare with
         return belief
     window = belief.since
@@ -173,11 +174,12 @@ def _learn(belief: Belief, slowing: float, slowing_sd: float, trajectory_log_sd:
     error = math.fsum(interval.standard_error for interval in window)
     fresh = math.fsum(i.freshness * (i.end - i.start) for i in window) / length
     forecast = _forecast(seen, (window[0].start + window[-1].end) / 2, slowing, slowing_sd, trajectory_log_sd)
-    # A loss has no logarithm. It counts as a gain of the size of its own error: one standard deviation in the
-    # log.
-    gained = max(gain, error, RATIO_LIMITS[0] * math.exp(forecast.mean) * length)
-    observed = math.log(gained / length) - forecast.mean
-    noise = (error / gained) ** 2 + trajectory_log_sd**2 + forecast.variance
+    # Lost ground has no logarithm: it counts as a gain of the size of its error, one standard deviation in the log.
+    low, high = (math.log(limit) for limit in RATIO_LIMITS)
+    usable = max(gain, error)
+    observed = math.log(usable / length) - forecast.mean if usable > 0 else low
+    observed = min(max(observed, low), high)
+    noise = (error / usable if usable > 0 else 0.0) ** 2 + trajectory_log_sd**2 + forecast.variance
 
     ratio = belief.ratio
     terms = [(1.0, fresh), *((-w, i.freshness) for w, i in zip(forecast.weights, seen, strict=True))]
@@ -185,7 +187,6 @@ def _learn(belief: Belief, slowing: float, slowing_sd: float, trajectory_log_sd:
     slope = math.fsum(weight * ratio * f / (1 + (ratio - 1) * f) for weight, f in terms)
     spread = slope**2 * belief.log_variance + noise
     trust = belief.log_variance * slope / spread
-    low, high = (math.log(limit) for limit in RATIO_LIMITS)
     return replace(
         belief,
         log_mean=min(max(belief.log_mean + trust * (observed - expected), low), high),

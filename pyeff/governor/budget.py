@@ -18,7 +18,7 @@ _TIME_NAMES |= {"hour": "h", "hours": "h", "day": "d", "days": "d"}
 
 _NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
 _FLOPS = re.compile(rf"{_NUMBER}\s*([kKMGTPEZ]?)(?:F|FLOPs?|FLOPS|flops?)")
-_TOKENS = re.compile(rf"{_NUMBER}\s*([kKMGT]?)\s*(?:tokens?|tok)")
+_TOKENS = re.compile(rf"{_NUMBER}\s*([kKMGTPEZ]?)\s*(?:tokens?|tok)")
 _TIME = re.compile(rf"{_NUMBER}\s*(seconds?|sec|s|minutes?|min|m|hours?|h|days?|d)")
 _TIMES = re.compile(rf"{_TIME.pattern}(?:\s*{_TIME.pattern})*")
 
@@ -38,9 +38,9 @@ def format_amount(amount: float, unit: str) -> str:
     _check_unit(unit)
     if unit == "seconds":
         suffix = _pick(abs(amount), {"s": 1.0, "m": 60.0, "h": 3600.0})
-        return f"{amount / _SECONDS[suffix]:.3g} {suffix}"
+        return f"{_three_digits(amount / _SECONDS[suffix])} {suffix}"
     prefix = _pick(abs(amount), _PREFIXES)
-    number = f"{amount / _PREFIXES[prefix]:.3g}"
+    number = _three_digits(amount / _PREFIXES[prefix])
     return f"{number} {prefix}F" if unit == "flops" else f"{number}{prefix} tokens"
 
 
@@ -99,7 +99,7 @@ class Budget:
         """Give the shortest form that parses back to exactly this budget."""
         candidates = {
             "flops": [(_PREFIXES[prefix], f" {prefix}F") for prefix in "ZEPTGMk"],
-            "tokens": [(_PREFIXES[prefix], f"{prefix} tokens") for prefix in "TGMk"],
+            "tokens": [(_PREFIXES[prefix], f"{prefix} tokens") for prefix in "ZEPTGMk"],
             "seconds": [(_SECONDS[name], name) for name in "hm"],
         }[self.unit]
         for scale, suffix in candidates:
@@ -120,5 +120,10 @@ def _prefix(letter: str) -> float:
 
 
 def _pick(size: float, scales: dict[str, float]) -> str:
-    fitting = [name for name, scale in scales.items() if size >= scale]
+    # 999.7 shows as 1000, so it already belongs to the next name.
+    fitting = [name for name, scale in scales.items() if size >= 0.9995 * scale]
     return fitting[-1] if fitting else next(iter(scales))
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if 999.5 <= abs(number) < 1e6 else f"{number:.3g}"

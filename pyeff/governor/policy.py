@@ -174,7 +174,7 @@ class GovernorConfig:
             nothing about the trained one; 5 % is one check.
         prior_gain_ratio: rho0, how many times faster the anchors improve on a fresh selection than on the
             whole pool, before this run has said anything. 2 with ``prior_decay`` 0.5 and a cooldown of 0.2
-            buys a first scoring of up to 28 % of the budget and none dearer; set 1 to refuse every selection.
+            buys a first scoring of up to 27 % of the budget and none dearer; set 1 to refuse every selection.
         prior_log_sd: standard deviation of log rho0. log 2: from no gain at all to fourfold within one.
         prior_decay: tau, share of the budget over which a selection's advantage falls to 1/e. Half: scores of
             averaged weights go stale over a good part of a short run, not within a few checks.
@@ -299,12 +299,11 @@ class Governor:
     """Weigh every way of spending the next part of the budget and take the best.
 
     At each check the governor compares the losses of the same anchor samples with those of the check before,
-    updates what it believes a selection is worth (:func:`pay_back`), and chooses
+    updates what it believes a selection is worth (:class:`Belief`, :func:`pay_back`), and chooses
 
     - REFRESH when scoring the pool again is expected to return more training than it costs, by the deadband;
     - COOLDOWN when one more interval would eat into the reserve, or when the whole interval of the gain lay
-      below
-      zero ``overfit_checks`` times in a row;
+      below zero ``overfit_checks`` times in a row;
     - CONTINUE otherwise, and whenever a loss is not finite.
 
     Deterministic: equal observations in equal order give equal decisions. Cost: microseconds.
@@ -464,7 +463,7 @@ def _account(
         scoring_spent += max(observation.scored_at - observation.spent_before, 0.0)
         belief = belief.refreshed()
     start, end = observation.spent_before - state.scoring_spent, observation.spent - scoring_spent
-    if gain is None or end <= start:
+    if gain is None or not 0 <= start < end:
         belief = belief.interrupted()
     else:
         freshness = 0.0
