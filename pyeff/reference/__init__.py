@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyeff.reference.adamw8bit_step import adamw8bit_step
 from pyeff.reference.linear_cross_entropy_scores import linear_cross_entropy_scores
 
-__all__ = ["linear_cross_entropy_scores"]
+__all__ = ["adamw8bit_step", "linear_cross_entropy_scores"]
