@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
     from pyeff.errors import UserError
-    from pyeff.ops import AdamWStates, adamw8bit_step
+    from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
 
 __version__ = "0.1.0"
