@@ -71,6 +71,15 @@ def lora_linears(model: nn.Module, shape: TransformerShape) -> set[str]:
     return {linear for name in names for linear in _LINEAR_OF_MODULE[name]} & set(shape.linears)
 
 
+def recompute_activations(model: Any) -> None:
+    """Keep each layer's input alone and run its forward again in the backward."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the older name goes with transformers 6
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def make_optimizer(settings: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW with its moments in 8 bits or in the parameters' own type."""
     options: dict[str, Any] = {

@@ -35,7 +35,7 @@ from pyeff.governor.policy import Action, Governor, Observation, UniformPolicy
 from pyeff.scoring import PoolScores, cosine_similarity, score_batches
 from pyeff.selection import Selection, select
 from pyeff.train import checkpoint as checkpoints
-from pyeff.train.build import lora_linears, make_optimizer, own_memory, with_lora
+from pyeff.train.build import lora_linears, make_optimizer, own_memory, recompute_activations, with_lora
 from pyeff.train.config import RunConfig
 from pyeff.train.directory import OnlyProcess, changed_key, end_event, stored_config
 from pyeff.train.ema import EMA
@@ -157,7 +157,7 @@ class _Run:
             )
             adapters = shape.layers * sum(2 * config.lora.rank * sum(shape.linears[t]) for t in targets)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(self.model)
         forward = Cost(
             per_token=shape.forward(1, attention_pairs=0, head_tokens=0) + adapters,
             per_pair=shape.forward(0, attention_pairs=1, head_tokens=0),

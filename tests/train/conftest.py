@@ -61,7 +61,7 @@ def task_config(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
             "max_tokens": 32,
             "max_new_tokens": 4,
         },
-        "optimizer": {"lr": 1e-2, "states": "32bit"},
+        "optimizer": {"lr": 1e-2},
         "batch_tokens": 128,
         "micro_batch_tokens": 96,
         "budget": "1.1e9F",
