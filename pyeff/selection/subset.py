@@ -2,8 +2,10 @@
 
 Similarity to a target task is ranked by round robin (each target sample in turn takes its nearest sample
 that is still free), so that a task of several families gets each of them; every other score is ranked by
-its value. The hardest samples can be left out first: among samples near the target, a loss far above the
-others' marks a wrong answer more often than a lesson.
+its value. The hardest samples can be left out first, since among samples of one kind a loss far above the
+others' marks a wrong answer more often than a lesson. Kinds differ in difficulty, so with a similarity the
+hardest are sought among the samples nearest to the same target sample: over the whole pool they would be
+the target's hardest family.
 """
 
 from __future__ import annotations
@@ -48,16 +50,27 @@ def top_k(values: ArrayLike, k: int) -> IntArray:
     return order[~np.isnan(array[order])][:k].astype(np.int64)
 
 
-def hardest(nll: ArrayLike, fraction: float) -> IntArray:
+def hardest(nll: ArrayLike, fraction: float, *, groups: ArrayLike | None = None) -> IntArray:
     """Indices of the ``fraction`` of samples with the largest loss (rounded down), ascending.
+
+    With ``groups`` [N], of each group its own ``fraction``.
 
     >>> hardest([1.0, 9.0, 2.0, 3.0], 0.25).tolist()
     [1]
+    >>> hardest([1.0, 9.0, 2.0, 8.0], 0.5, groups=[0, 1, 0, 1]).tolist()
+    [1, 2]
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
     array = np.asarray(nll, dtype=np.float64)
-    return np.sort(top_k(array, math.floor(fraction * np.count_nonzero(~np.isnan(array)))))
+    labels = np.zeros(array.shape[0], dtype=np.int64) if groups is None else np.asarray(groups)
+    if labels.shape != array.shape:
+        raise ValueError(f"groups must be one label for each loss, got {labels.shape} for {array.shape}")
+    taken = [np.zeros(0, dtype=np.int64)]
+    for label in np.unique(labels):
+        members = np.flatnonzero((labels == label) & ~np.isnan(array))
+        taken.append(members[top_k(array[members], math.floor(fraction * members.size))])
+    return np.sort(np.concatenate(taken))
 
 
 def round_robin(similarity: ArrayLike, k: int) -> IntArray:
@@ -131,7 +144,10 @@ def select(
     if drop_hardest > 0:
         if "nll" not in fields:
             raise ValueError("drop_hardest needs the score 'nll'")
-        dropped = hardest(fields["nll"], drop_hardest)
+        nearest = None
+        if score == "target_similarity" and matrix is not None:
+            nearest = np.nan_to_num(matrix, nan=-np.inf).argmax(axis=1)
+        dropped = hardest(fields["nll"], drop_hardest, groups=nearest)
 
     if score == "target_similarity":
         if matrix is None:

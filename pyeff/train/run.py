@@ -730,6 +730,12 @@ class _Run:
                 "would have done without cannot be told, for it was not falling before."
             )
         unselected = first.rate * first.trained * math.log1p((trained + cost) / first.trained)
+        if unselected > first.loss:
+            # The first gains are the format of an answer; no loss falls below zero.
+            return None, (
+                f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}; the rate "
+                "before it, still that of the first steps, says nothing of what would have come without."
+            )
         text = (
             f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}; at the rate "
             f"before, slowing as usual, the same budget without scoring would have given {unselected:.3f}"
