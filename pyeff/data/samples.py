@@ -150,11 +150,13 @@ def encode(
     Cost: one tokenizer call a text; 10 to 20 thousand short samples a second on one core.
 
     Example:
-        >>> from pyeff.data import Sample, encode
-        >>> sample = Sample("a", "1 + 1 =", "2", "sums")
-        >>> encoded = encode([sample], tokenizer, max_tokens=64)  # doctest: +SKIP
-        >>> encoded[0].answer_length  # "2" and the end token  # doctest: +SKIP
-        2
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"1 + 1 =\\n": 0, "2": 1, "</s>": 2}, unk_token="</s>"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        >>> encoded = encode([Sample("a", "1 + 1 =", "2", "sums")], tokenizer, max_tokens=8)
+        >>> encoded[0].ids, encoded[0].answer_length
+        ([0, 1, 2], 2)
     """
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")

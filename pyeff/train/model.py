@@ -8,7 +8,7 @@ import importlib.metadata
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -390,8 +390,9 @@ def _from_gguf(file: Path, cache: Path, notify: Callable[[str], None] | None) ->
                 notify(f"converting {file.name} to safetensors in {cache}, once; this takes up to a minute")
             try:
                 _convert_gguf(file, partial)
-                _flush(partial)
+                _flush([*partial.iterdir(), partial])
                 partial.rename(target)
+                _flush([cache])
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -439,8 +440,8 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(directory: Path) -> None:
-    for path in [*directory.iterdir(), directory]:
+def _flush(paths: Iterable[Path]) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

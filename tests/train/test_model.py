@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -269,6 +270,19 @@ def test_the_shape_describes_every_matrix_of_the_model(family: str) -> None:
     # Forward FLOPs are twice the multiply-adds; one token attends to nothing but itself.
     expected = 2 * (described - head + shape.hidden_size * shape.vocab_size) + 4 * shape.layers * shape.query_width
     assert shape.forward(1) == expected
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
+@torch.no_grad()
+def test_forward_flops_agree_with_torchs_counter(family: str) -> None:
+    config = FAMILIES.get(family, LEAKY_OPT)
+    model = build(config)
+    # The counter sees attention only where it is written out in matrix products.
+    model.set_attn_implementation("eager")
+    tokens = 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(3, 3 + tokens)[None], use_cache=False)
+    assert shape_of(config).forward(tokens) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_gated_and_plain_mlps_grouped_and_full_heads_are_told_apart() -> None:
