@@ -27,41 +27,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyeff.data import DataOrder, EncodedSamples, PackedBatch, label_positions, pack
+from pyeff.data import DataOrder, PackedBatch, label_positions
 from pyeff.errors import UserError
-from pyeff.governor import Cost, Ledger, format_amount, paired_gain
+from pyeff.governor import Ledger, paired_gain
 from pyeff.governor.log import DecisionLog
 from pyeff.governor.policy import Action, Governor, Observation, UniformPolicy
-from pyeff.scoring import PoolScores, cosine_similarity, score_batches
+from pyeff.scoring import PoolScores, cosine_similarity
 from pyeff.selection import Selection, select
 from pyeff.train import checkpoint as checkpoints
-from pyeff.train.build import lora_linears, make_optimizer, own_memory, recompute_activations, with_lora
 from pyeff.train.config import RunConfig
 from pyeff.train.directory import OnlyProcess, changed_key, end_event, stored_config
-from pyeff.train.ema import EMA
-from pyeff.train.evaluate import (
-    generation_work,
-    greedy_answers,
-    same_answer,
-    sample_losses,
-    summarize_losses,
-    summed_loss,
-)
+from pyeff.train.evaluate import summarize_losses, summed_loss
 from pyeff.train.events import Event, EventLog, Observer
-from pyeff.train.meter import Meter
-from pyeff.train.model import (
-    _quiet,
-    check_head,
-    check_packing,
-    head_weight,
-    last_hidden_state,
-    load_model,
-)
+from pyeff.train.job import Job
+from pyeff.train.model import _quiet
 from pyeff.train.state import FirstRefresh, State, recent_rate
-from pyeff.train.task import Task, encode_task, read_task
 
-# First fit over this many open batches: samples of one evaluation or scoring pass may be packed in any order.
-_PACKING_WINDOW = 16
 _EXAMPLES = 12
 
 
@@ -109,7 +90,7 @@ def train_run(
         if resume is None and (out / "config.yaml").exists():
             raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another directory")
         try:
-            return _Run(config, out, observers).go(resume=resume is not None)
+            return _Run(Job(config, out), observers).go(resume=resume is not None)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -121,113 +102,22 @@ def train_run(
 class _Run:
     """One run from its configuration to its end."""
 
-    def __init__(self, config: RunConfig, out: Path, observers: Iterable[Observer]) -> None:
-        self.config, self.out = config, out
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        raw = read_task(config.data, seed=config.seed)
-        torch.manual_seed(config.seed)
-        self.loaded = load_model(config.model, dtype=config.dtype)
-        self.model: Any = own_memory(self.loaded.model)
-        self.task: Task = encode_task(
-            raw,
-            config.data,
-            self.loaded.tokenizer,
-            max_tokens=min(config.data.max_tokens, self.loaded.max_positions),
-        )
-        check_packing(self.model)
-        if config.policy == "governor" and not check_head(self.model):
-            raise UserError(
-                f"{config.model} changes its logits after the output head in a way that scoring does not know: "
-                "use policy: uniform"
-            )
-        shape = self.loaded.shape
-        train_cost = shape.train_cost(checkpointing=config.gradient_checkpointing)
-        adapters = 0
-        if config.lora is not None:
-            self.model = with_lora(self.model, config.lora, seed=config.seed)
-            targets = lora_linears(self.model, shape)
-            train_cost = shape.train_cost(
-                trainable="lora",
-                lora_rank=config.lora.rank,
-                lora_targets=targets,
-                checkpointing=config.gradient_checkpointing,
-                # Dropout in an adapter runs after its matrix, so the recomputation has no early end.
-                early_stop=config.lora.dropout == 0,
-            )
-            adapters = shape.layers * sum(2 * config.lora.rank * sum(shape.linears[t]) for t in targets)
-        if config.gradient_checkpointing:
-            recompute_activations(self.model)
-        forward = Cost(
-            per_token=shape.forward(1, attention_pairs=0, head_tokens=0) + adapters,
-            per_pair=shape.forward(0, attention_pairs=1, head_tokens=0),
-            per_head_token=shape.forward(0, attention_pairs=0, head_tokens=1),
-        )
-        self.meter = Meter(config.parsed_budget, forward=forward, train=train_cost, heartbeat=out / "heartbeat.json")
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        }
-        self.optimizer = make_optimizer(config.optimizer, list(self.parameters.values()))
-        self.ema = EMA(self.parameters, decay=config.ema_decay)
-        self.order = DataOrder(len(self.task.pool), config.seed, lengths=self.task.pool.lengths)
-        self.policy = (Governor if config.policy == "governor" else UniformPolicy)(config.governor_config)
-        self.batches = {
-            name: pack(part, range(len(part)), max_tokens=config.micro_tokens, window=_PACKING_WINDOW)
-            for name, part in self._parts().items()
-        }
-        self.flops = {
-            name: sum(self._batch_flops(batch, forward) for batch in part) for name, part in self.batches.items()
-        }
-        self.generation_flops = self._generation_flops()
+    def __init__(self, job: Job, observers: Iterable[Observer]) -> None:
+        self.job, self.config, self.out, self.meter = job, job.config, job.out, job.meter
+        self.model, self.task, self.parameters = job.model, job.task, job.parameters
+        self.optimizer, self.ema = job.optimizer, job.ema
+        self.order = DataOrder(len(job.task.pool), job.config.seed, lengths=job.task.pool.lengths)
+        self.policy = (Governor if job.config.policy == "governor" else UniformPolicy)(job.config.governor_config)
         self.state = State()
         self.observers = tuple(observers)
 
-    def _parts(self) -> dict[str, EncodedSamples]:
-        task = self.task
-        return {"pool": task.pool, "anchors": task.anchors, "holdout": task.holdout, "target": task.target}
-
-    # ---- prices, in the budget's unit unless the name says FLOPs
-
-    @staticmethod
-    def _batch_flops(batch: PackedBatch, cost: Cost) -> int:
-        answers = int(label_positions(batch).targets.numel())
-        return cost(batch.tokens, batch.tokens**2, answers)
-
-    def _evaluation_flops(self) -> int:
-        """Of judging the model once, before or after training."""
-        return self.flops["anchors"] + self.flops["holdout"] + self.generation_flops
-
-    def _refresh_flops(self) -> int:
-        return self.flops["pool"] + self.flops["target"]
-
-    def _generation_flops(self) -> int:
-        total = 0
-        for group in self._generation_groups():
-            prompts = [self.task.holdout[i].prompt_length for i in group]
-            total += self.meter.forward(*generation_work(prompts, self.config.data.max_new_tokens))
-        return total
-
     def _final_reserve(self) -> float:
         """What the evaluations at the end will cost, and with a time budget the writing of the result."""
-        flops = self._evaluation_flops()
-        price = self.meter.price("eval", flops=flops)
+        price = self.meter.price("eval", flops=self.job.evaluation_flops())
         return price + (2 * self.state.checkpoint_seconds if self.meter.unit == "seconds" else 0.0)
 
     def _cooldown_amount(self) -> float:
         return self.config.cooldown * self.meter.budget.amount
-
-    def _generation_groups(self) -> list[list[int]]:
-        """Samples answered together: similar prompt lengths, so that little padding is computed."""
-        count = min(self.config.data.exact_match, len(self.task.holdout))
-        by_length = sorted(range(count), key=lambda i: (self.task.holdout[i].prompt_length, i))
-        groups: list[list[int]] = []
-        for index in by_length:
-            width = self.task.holdout[index].prompt_length + self.config.data.max_new_tokens
-            if groups and (len(groups[-1]) + 1) * width <= self.config.micro_tokens:
-                groups[-1].append(index)
-            else:
-                groups.append([index])
-        return groups
 
     # ---- the course of a run
 
@@ -235,8 +125,8 @@ class _Run:
         """Run to the end; the directory is this process's alone."""
         checkpoints.remove_partial(self.out / "checkpoints")
         checkpoints.remove_partial(self.out)
-        self._refuse_small_budget()
-        self._refuse_full_disk()
+        self.job.refuse_small_budget()
+        self.job.refuse_full_disk()
         self.events = EventLog(self.out / "events.jsonl", self.observers)
         self.decisions = DecisionLog(self.out / "decisions.jsonl")
         try:
@@ -250,67 +140,6 @@ class _Run:
             return self._finish()
         finally:
             self.events.close()
-
-    def _next_batch(self, order: DataOrder) -> tuple[list[PackedBatch], int, int]:
-        """The micro-batches of the next step, their tokens and the FLOPs of training on them."""
-        micro_batches = pack(
-            self.task.pool,
-            order.next_batch(self.config.batch_tokens),
-            max_tokens=self.config.micro_tokens,
-            window=_PACKING_WINDOW,
-        )
-        flops = sum(self._batch_flops(batch, self.meter.train) for batch in micro_batches)
-        return micro_batches, sum(batch.tokens for batch in micro_batches), flops
-
-    def _refuse_small_budget(self) -> None:
-        """Raise unless the first step fits beside the evaluations; a time budget is checked once it can be."""
-        budget = self.meter.budget
-        order = DataOrder(len(self.task.pool), self.config.seed, lengths=self.task.pool.lengths)
-        _, tokens, flops = self._next_batch(order)
-        least = self.meter.price("eval", flops=2 * self._evaluation_flops())
-        least += self.meter.price("train", flops=flops, tokens=tokens)
-        if least > budget.amount:
-            amount = format_amount(least, budget.unit)
-            raise UserError(
-                f"the budget {budget} is too small for one step: a step of batch_tokens = "
-                f"{self.config.batch_tokens} and evaluating before and after it cost {amount}"
-            )
-
-    def _checkpoint_bytes(self) -> int:
-        size = checkpoints.tensor_bytes({"weights": self.parameters, "ema": self.ema.averages})
-        # Moments: two numbers a parameter, of one byte or of the parameter's own size.
-        small = self.config.optimizer.states == "8bit"
-        return size + sum(2 * p.numel() * (1 if small else p.element_size()) for p in self.parameters.values())
-
-    def _refuse_full_disk(self) -> None:
-        needed, free = self._checkpoint_bytes(), checkpoints.free_bytes(self.out)
-        if free < needed:
-            raise UserError(
-                f"{self.out} has {free / 1e9:.2f} GB free, and a checkpoint of this run needs "
-                f"{needed / 1e9:.2f} GB: free some space or choose another out"
-            )
-
-    def _estimates(self) -> dict[str, Any]:
-        """What things will cost, in FLOPs, and about how many steps that leaves (None for a time budget)."""
-        budget, pool = self.meter.budget, self.task.pool
-        epoch = pack(pool, range(len(pool)), max_tokens=self.config.micro_tokens, window=_PACKING_WINDOW)
-        per_token = sum(self._batch_flops(batch, self.meter.train) for batch in epoch) / pool.tokens
-        checks = math.floor((1 - self.config.cooldown) / self.config.governor_config.check_every)
-        steps = {
-            "flops": (budget.amount - 2 * self._evaluation_flops() - checks * self.flops["anchors"])
-            / (per_token * self.config.batch_tokens),
-            "tokens": budget.amount / self.config.batch_tokens,
-            "seconds": None,
-        }[budget.unit]
-        return {
-            "train_flops_per_token": per_token,
-            "score_pool_flops": self._refresh_flops(),
-            "check_flops": self.flops["anchors"],
-            "evaluation_flops": self._evaluation_flops(),
-            "cooldown_reserve": self._cooldown_amount(),
-            "steps": None if steps is None else max(1, math.floor(steps)),
-            "checkpoint_bytes": self._checkpoint_bytes(),
-        }
 
     def _begin(self, *, resumed: bool) -> None:
         checkpoints.write_text_atomic(self.out / "config.yaml", self.config.to_yaml())
@@ -326,7 +155,7 @@ class _Run:
             policy=self.config.policy,
             model={
                 "name": self.config.model,
-                "parameters": self.loaded.parameters,
+                "parameters": self.job.loaded.parameters,
                 "trainable": sum(parameter.numel() for parameter in self.parameters.values()),
             },
             pool={
@@ -341,7 +170,7 @@ class _Run:
                 "holdout": len(self.task.holdout),
                 "selection": len(self.task.target),
             },
-            estimates=self._estimates(),
+            estimates=self.job.estimates(),
             threads=torch.get_num_threads(),
         )
         if resumed:
@@ -368,13 +197,13 @@ class _Run:
         # The first step comes before any check: it was promised to fit.
         due = state.steps > 0 and self.meter.spent >= min(state.next_check, plateau_end)
         if state.phase == "train" and due:
-            check = self.meter.price("eval", flops=self.flops["anchors"])
+            check = self.meter.price("eval", flops=self.job.flops["anchors"])
             if self.meter.fits(check, reserve=reserve):
                 self._check()
             else:
                 self._enter_cooldown(early=False)
             return True
-        micro_batches, tokens, flops = self._next_batch(self.order)
+        micro_batches, tokens, flops = self.job.next_batch(self.order)
         price = self.meter.price(state.phase, flops=flops, tokens=tokens)
         over = state.phase == "cooldown" and self.meter.spent + price > state.cooldown_end
         if over or not self.meter.fits(price, reserve=reserve):
@@ -409,8 +238,10 @@ class _Run:
                 tokens=batch.tokens,
             )
         grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.optimizer.clip))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._not_finite(loss, grad_norm)
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss became {loss}")
+        if not math.isfinite(grad_norm):
+            raise self._not_finite(f"the gradient norm became {grad_norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
@@ -439,8 +270,7 @@ class _Run:
             factor *= 1 - math.sqrt(min(max(done, 0.0), 1.0))
         return settings.lr * factor
 
-    def _not_finite(self, loss: float, grad_norm: float) -> UserError:
-        what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient norm became {grad_norm}"
+    def _not_finite(self, what: str) -> UserError:
         found = checkpoints.complete_checkpoints(self.out / "checkpoints")
         good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
         return UserError(
@@ -462,7 +292,7 @@ class _Run:
             anchors_before=state.anchors,
             anchors_now=now,
             spent_before=state.anchors_at,
-            refresh_cost=meter.price("score", flops=self._refresh_flops()),
+            refresh_cost=meter.price("score", flops=self.job.refresh_flops()),
             cooldown_cost=self._cooldown_amount() + self._final_reserve(),
             scored_at=state.scored_at,
             refreshes_done=state.refreshes,
@@ -499,8 +329,8 @@ class _Run:
         config, state = self.config, self.state
         before = self.meter.ledger.entry("score")
         spent_before = self.meter.spent
-        pool = self._score("pool")
-        target = self._score("target")
+        pool = self.job.score("pool")
+        target = self.job.score("target")
         after = self.meter.ledger.entry("score")
         similarity = cosine_similarity(pool.embeddings, target.embeddings)
         summary = {
@@ -546,27 +376,6 @@ class _Run:
             examples=self._examples(selection, pool),
         )
 
-    def _score(self, name: str) -> PoolScores:
-        def charge(batch: PackedBatch, answers: int) -> None:
-            self.meter.charge(
-                "score",
-                flops=self.meter.forward(batch.tokens, batch.tokens**2, answers),
-                tokens=batch.tokens,
-            )
-
-        self.model.eval()
-        with self.ema.applied():
-            weight, bias, softcap = head_weight(self.model)
-            return score_batches(
-                self.batches[name],
-                lambda batch: last_hidden_state(self.model, batch),
-                weight,
-                samples=len(self._parts()[name]),
-                bias=bias,
-                softcap=softcap,
-                after_batch=charge,
-            )
-
     def _by_source(self, selection: Selection) -> dict[str, list[int]]:
         samples = self.task.pool.samples
         total = Counter(sample.source for sample in samples)
@@ -597,15 +406,10 @@ class _Run:
             )
         return examples
 
-    # ---- evaluation, always with the averaged weights
+    # ---- evaluation
 
     def _evaluate(self, name: str) -> list[float]:
-        def charge(tokens: int, pairs: int, answers: int) -> None:
-            self.meter.charge("eval", flops=self.meter.forward(tokens, pairs, answers), tokens=tokens)
-
-        self.model.eval()
-        with self.ema.applied():
-            losses = sample_losses(self.model, self.batches[name], len(self._parts()[name]), charge=charge)
+        losses = self.job.losses(name)
         summary = summarize_losses(losses)
         self._emit(
             "evaluate",
@@ -619,42 +423,9 @@ class _Run:
         return losses
 
     def _exact_match(self, when: str) -> dict[str, Any] | None:
-        groups = self._generation_groups()
-        if not groups:
-            return None
-        tokenizer = self.loaded.tokenizer
-        ends = {tokenizer.eos_token_id}
-        configured = self.loaded.model.generation_config.eos_token_id
-        ends |= set(configured) if isinstance(configured, list) else {configured}
-        holdout = self.task.holdout
-
-        def charge(tokens: int, pairs: int, answers: int) -> None:
-            self.meter.charge("eval", flops=self.meter.forward(tokens, pairs, answers), tokens=tokens)
-
-        by_source: dict[str, list[int]] = {}
-        self.model.eval()
-        with self.ema.applied():
-            for group in groups:
-                answers = greedy_answers(
-                    self.model,
-                    [holdout[i].ids[: holdout[i].prompt_length] for i in group],
-                    max_new_tokens=self.config.data.max_new_tokens,
-                    end_tokens=frozenset(token for token in ends if token is not None),
-                    pad_token=int(tokenizer.pad_token_id),
-                    charge=charge,
-                )
-                for i, answer in zip(group, answers, strict=True):
-                    sample = holdout.samples[i]
-                    given = str(tokenizer.decode(answer, skip_special_tokens=True))
-                    row = by_source.setdefault(sample.source, [0, 0])
-                    row[0] += same_answer(given, sample.answer)
-                    row[1] += 1
-        result = {
-            "correct": sum(row[0] for row in by_source.values()),
-            "total": sum(row[1] for row in by_source.values()),
-            "by_source": dict(sorted(by_source.items())),
-        }
-        self._emit("exact_match", step=self.state.steps, when=when, **result)
+        result = self.job.exact_match()
+        if result is not None:
+            self._emit("exact_match", step=self.state.steps, when=when, **result)
         return result
 
     # ---- the end
@@ -753,7 +524,7 @@ class _Run:
         try:
             with self.ema.applied(), _quiet():
                 self.model.save_pretrained(str(partial))
-            self.loaded.tokenizer.save_pretrained(str(partial))
+            self.job.loaded.tokenizer.save_pretrained(str(partial))
         except Exception as error:  # safetensors and the file system raise their own
             shutil.rmtree(partial, ignore_errors=True)
             self._emit("warning", message=f"the trained model could not be written to {final}: {error}")
@@ -771,6 +542,9 @@ class _Run:
 
     def _save(self) -> None:
         state, meter = self.state, self.meter
+        # The loss would show it one step later, when the last good checkpoint might be gone.
+        if not all(math.isfinite(float(p.detach().sum(dtype=torch.float32))) for p in self.parameters.values()):
+            raise self._not_finite("a weight became inf or nan")
         state.saved_at = state.steps
         # From here, not from the last one due: after a scoring pass the next is a full interval away.
         state.next_checkpoint = meter.spent + self._checkpoint_interval()
