@@ -11,7 +11,7 @@ import triton.language as tl
 # The lowest finite float32: a maximum that has met nothing yet, which can be subtracted from itself.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INFINITE = tl.constexpr(float("inf"))
-UNDEFINED = tl.constexpr(float("nan"))
+# A NaN cannot stand here: Triton compares globals between launches, and NaN differs from itself.
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INFINITE, LOWEST, UNDEFINED, capability_of, log1p, on_device_of, tanh_and_slope
+from .common import INFINITE, LOWEST, capability_of, log1p, on_device_of, tanh_and_slope
 
 SCORES, STATES = 7, tl.constexpr(7)
 # Token blocks that walk the vocabulary side by side: they share each weight tile, and their hidden rows (16 MB in bf16
@@ -35,7 +35,7 @@ GROUP = tl.constexpr(16)
 # while a share is long enough to pay for its start.
 PROGRAMS, TILES_PER_PROGRAM = 2048, 4
 # What a program of `combine_shares` holds of each state: rows times shares.
-COMBINE_ROWS, COMBINE_ELEMENTS = 32, 1024
+COMBINE_ROWS, COMBINE_ELEMENTS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,22 @@ class Config:
     shares: int
 
 
-def pick_config(n: int, v: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """Tiles by what registers and shared memory allow; none of it has been timed on a GPU yet."""
+def pick_config(n: int, v: int, dtype: torch.dtype, softcap: bool, capability: tuple[int, int]) -> Config:
+    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet."""
     if dtype == torch.float32:
-        # Exact float32 products run on the plain cores and hold both operands in registers.
+        # Exact float32 products run on the plain cores and keep both operands in registers: 202 to 240 of 255.
         bm, bn, bk, num_warps, num_stages = 64, 64, 32, 4, 3
     elif capability[0] in (9, 10):
-        # 128 x 256 spills: the row sums come on top of the accumulator. Four warps leave room for two programs on a
-        # processor, so that one's exponentials run under the other's products.
-        bm, bn, bk, num_warps, num_stages = 128, 128, 64, 4, 3
+        # Eight warps: 204 to 254 registers. Four spill 240 bytes, and 256 classes spill 520 on eight: the row sums come
+        # on top of the accumulator. Four stages take 128 KB of shared memory, which a lone program has.
+        bm, bn, bk, num_warps, num_stages = 128, 128, 64, 8, 4
     else:
-        # mma.sync takes its operands from registers as well, so eight warps share the accumulator. 100 KB of shared
-        # memory on sm_86, sm_89 and sm_120 hold three stages of a narrower k.
-        bm, bn, bk, num_warps, num_stages = 128, 128, 32, 8, 3
+        # mma.sync reads its operands from registers as well: 234. A k of 32 keeps four stages under the 100 KB that
+        # sm_86, sm_89 and sm_120 have.
+        bm, bn, bk, num_warps, num_stages = 128, 128, 32, 8, 4
+    if softcap:
+        # The slopes are as large as the logits: 128 classes spill 96 to 272 bytes.
+        bn = min(bn, 64)
     tiles, blocks = triton.cdiv(v, bn), triton.cdiv(n, bm)
     shares = max(1, min(triton.cdiv(tiles, TILES_PER_PROGRAM), triton.cdiv(PROGRAMS, blocks)))
     return Config(bm, bn, bk, num_warps, num_stages, shares)
@@ -89,6 +92,7 @@ def reduce_logits(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OFFSET: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -104,12 +108,14 @@ def reduce_logits(
 
     o_m = i_m * BM + tl.arange(0, BM)
     o_k = tl.arange(0, BK)
-    r_k = o_k.to(tl.int64)
-    step = tl.full([], BK, tl.int64)
+    r_k = o_k.to(OFFSET)
     m_m = o_m < N
-    # Rows and classes past the end repeat the last one, which spares the loads their masks.
-    r_m = tl.minimum(o_m, N - 1).to(tl.int64)
-    b_y = tl.load(p_targets + r_m)
+    # A tile is addressed by a 64-bit base and offsets within it, which OFFSET makes as wide as the strides need. Rows
+    # and classes past the end repeat the last one, which spares the loads their masks.
+    r_m = tl.minimum(tl.arange(0, BM), N - 1 - i_m * BM).to(OFFSET)
+    o_h = r_m[:, None] * s_hn + r_k[None, :] * s_hd  # [BM, BK]
+    p_h_first = p_hidden + (i_m * BM).to(tl.int64) * s_hn
+    b_y = tl.load(p_targets + i_m * BM + r_m)
 
     b_peak = tl.full([BM], LOWEST, tl.float32)
     b_s1 = tl.zeros([BM], tl.float32)
@@ -123,28 +129,30 @@ def reduce_logits(
     last = tl.minimum(first + tiles_per_share, tl.cdiv(V, BN))
     # A block of ignored tokens, a prompt say, has nothing to do.
     last = tl.where(tl.max((m_m & (b_y != ignore_index)).to(tl.int32), 0) > 0, last, first)
+    p_w_first = p_weight + first.to(tl.int64) * BN * s_wv
     for i_v in range(first, last):
         o_v = i_v * BN + tl.arange(0, BN)
-        r_v = tl.minimum(o_v, V - 1).to(tl.int64)
-        p_h = p_hidden + r_m[:, None] * s_hn + r_k[None, :] * s_hd  # [BM, BK]
-        p_w = p_weight + r_v[None, :] * s_wv + r_k[:, None] * s_wd  # [BK, BN]
+        r_v = tl.minimum(tl.arange(0, BN), V - 1 - i_v * BN).to(OFFSET)
+        o_w = r_v[None, :] * s_wv + r_k[:, None] * s_wd  # [BK, BN]
+        p_h = p_h_first
+        p_w = p_w_first
         b_z = tl.zeros([BM, BN], tl.float32)
         for k in range(0, tl.cdiv(D, BK)):
             if EVEN_K:
-                b_h = tl.load(p_h)  # [BM, BK]
-                b_w = tl.load(p_w)  # [BK, BN]
+                b_h = tl.load(p_h + o_h)  # [BM, BK]
+                b_w = tl.load(p_w + o_w)  # [BK, BN]
             else:
                 m_k = k * BK + o_k < D
-                b_h = tl.load(p_h, mask=m_k[None, :], other=0.0)
-                b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
+                b_h = tl.load(p_h + o_h, mask=m_k[None, :], other=0.0)
+                b_w = tl.load(p_w + o_w, mask=m_k[:, None], other=0.0)
             b_z = tl.dot(b_h, b_w, b_z, input_precision=PRECISION)
-            p_h += step * s_hd
-            p_w += step * s_wd
+            p_h += tl.full([], BK, tl.int64) * s_hd
+            p_w += tl.full([], BK, tl.int64) * s_wd
         if HAS_BIAS:
-            b_z += tl.load(p_bias + r_v)[None, :]
+            b_z += tl.load(p_bias + i_v * BN + r_v)[None, :]
         is_target = o_v[None, :] == b_y[:, None]  # [BM, BN]
         if HAS_SOFTCAP:
-            b_t, b_d = tanh_and_slope(b_z / softcap)
+            b_t, b_d = tanh_and_slope(b_z * (1.0 / softcap))
             b_z = softcap * b_t
             b_d_y += tl.sum(tl.where(is_target, b_d, 0.0), 1)
         b_z_y += tl.sum(tl.where(is_target, b_z, 0.0), 1)
@@ -164,6 +172,7 @@ def reduce_logits(
         if HAS_SOFTCAP:
             b_sd2 = b_scale * b_scale * b_sd2 + tl.sum((b_d * b_e) * (b_d * b_e), 1)
         b_peak = b_top
+        p_w_first += tl.full([], BN, tl.int64) * s_wv
 
     # states: [SHARES, STATES, N]
     p_s = p_states + i_share.to(tl.int64) * STATES * N + o_m
@@ -239,6 +248,7 @@ def combine_shares(
         b_squares += tl.sum(b_h * b_h, 1)
     b_norm = tl.sqrt(b_squares.to(tl.float64))
 
+    undefined = float("nan")
     # Weights and sums relative to e^top.
     b_top = tl.maximum(b_z_y, b_peak)
     b_w_y = tl.exp(b_z_y - b_top)
@@ -255,7 +265,7 @@ def combine_shares(
     # An untouched peak means that every other logit is -inf, or that there is none.
     b_alone = b_peak <= LOWEST
     if ONE_CLASS:
-        b_margin = tl.full([BM], UNDEFINED, tl.float64)
+        b_margin = tl.full([BM], undefined, tl.float64)
     else:
         b_margin = tl.where(b_alone, INFINITE, b_z_y - b_peak)
 
@@ -264,19 +274,28 @@ def combine_shares(
     b_defined &= (b_total < INFINITE) & ~(b_alone & (b_z_y == -INFINITE))
     # scores: [SCORES, N]
     p_o = p_scores + r_m
-    tl.store(p_o, tl.where(b_defined, b_log_total + (b_top - b_z_y), UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_log_total + (b_top - b_z_y), undefined).to(tl.float32), mask=m_m)
     p_o += N
-    tl.store(p_o, tl.where(b_defined, b_top + b_log_total, UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_top + b_log_total, undefined).to(tl.float32), mask=m_m)
     p_o += N
-    tl.store(p_o, tl.where(b_defined, b_log_total + b_surprise, UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_log_total + b_surprise, undefined).to(tl.float32), mask=m_m)
     p_o += N
-    tl.store(p_o, tl.where(b_defined, b_el2n, UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_el2n, undefined).to(tl.float32), mask=m_m)
     p_o += N
-    tl.store(p_o, tl.where(b_defined, b_margin, UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_margin, undefined).to(tl.float32), mask=m_m)
     p_o += N
-    tl.store(p_o, tl.where(b_defined, b_w_y / b_total, UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_w_y / b_total, undefined).to(tl.float32), mask=m_m)
     p_o += N
-    tl.store(p_o, tl.where(b_defined, b_norm * b_pull, UNDEFINED).to(tl.float32), mask=m_m)
+    tl.store(p_o, tl.where(b_defined, b_norm * b_pull, undefined).to(tl.float32), mask=m_m)
+
+
+def offset_type(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tl.dtype:
+    """The integer that holds the offsets within a tile."""
+    spans = (
+        config.bm * hidden.stride(0) + config.bk * hidden.stride(1),
+        config.bn * weight.stride(0) + config.bk * weight.stride(1),
+    )
+    return tl.int32 if max(spans) < 2**31 else tl.int64
 
 
 def linear_cross_entropy_scores(
@@ -298,7 +317,7 @@ def linear_cross_entropy_scores(
     scores = torch.empty((SCORES, n), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return scores
-    config = config or pick_config(n, v, hidden.dtype, capability_of(hidden))
+    config = config or pick_config(n, v, hidden.dtype, softcap is not None, capability_of(hidden))
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     states = torch.empty((config.shares, STATES, n), dtype=torch.float32, device=hidden.device)
     with on_device_of(hidden):
@@ -320,6 +339,7 @@ def linear_cross_entropy_scores(
             BM=config.bm,
             BN=config.bn,
             BK=config.bk,
+            OFFSET=offset_type(config, hidden, weight),
             EVEN_K=d % config.bk == 0,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
@@ -342,7 +362,7 @@ def linear_cross_entropy_scores(
             SHARES=config.shares,
             BS=share_block,
             BM=row_block,
-            BD=256,
+            BD=128,
             ONE_CLASS=v == 1,
             HAS_SOFTCAP=softcap is not None,
         )

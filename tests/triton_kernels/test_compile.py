@@ -1,0 +1,67 @@
+"""Every kernel at its shipped configurations, compiled for GPUs that are not here.
+
+The interpreter says whether a kernel is right; this says whether it would be fast: no spills, shared memory that fits,
+tensor cores, wide copies, and several of them in flight. One subprocess for each architecture, because this process
+interprets.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# Shared memory one program may take, in bytes, and the tensor-core instruction of the architecture.
+ARCHITECTURES = {
+    80: (163 << 10, "mma.sync"),
+    90: (227 << 10, "wgmma.mma_async"),
+    100: (227 << 10, "tcgen05.mma"),
+}
+# What is expected of the kernels that multiply matrices; True: on the tensor cores.
+PRODUCTS = {
+    "linear_cross_entropy_scores.bf16": {"reduce_logits": True},
+    "linear_cross_entropy_scores.bf16_softcap": {"reduce_logits": True},
+    "linear_cross_entropy_scores.fp16_ragged": {"reduce_logits": True},
+    "linear_cross_entropy_scores.fp32": {"reduce_logits": False},
+}
+
+
+@functools.cache
+def compiled(capability: int) -> dict[str, dict[str, dict[str, Any]]]:
+    script = Path(__file__).with_name("compile_kernels.py")
+    # 1 is the default until Triton 3.10 turns it off; set, so that all versions compile the same arithmetic.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(script), str(capability), *PRODUCTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_kernels_fit_the_processor(case: str, capability: int) -> None:
+    shared_limit, _ = ARCHITECTURES[capability]
+    kernels = compiled(capability)[case]
+    assert set(PRODUCTS[case]) <= set(kernels)
+    for name, facts in kernels.items():
+        assert facts["local_bytes"] == 0, f"{name} spills at {facts['registers']} registers"
+        assert facts["shared_bytes"] <= shared_limit, name
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products_are_pipelined_on_the_tensor_cores(case: str, capability: int) -> None:
+    _, tensor_core = ARCHITECTURES[capability]
+    for name, on_tensor_cores in PRODUCTS[case].items():
+        facts = compiled(capability)[case][name]
+        assert facts["tensor_core"] == (tensor_core if on_tensor_cores else None), name
+        assert facts["copies_in_flight"] >= 2 or facts["bulk_copies"], f"{name} waits for every copy"
+        assert not facts["narrow_copies"], name
