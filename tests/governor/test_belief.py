@@ -42,6 +42,37 @@ def test_one_scored_refresh_is_the_conjugate_update():
     assert after.log_variance == pytest.approx(1 / (1 / prior + 1 / noise))
 
 
+@given(st.floats(0, 2), st.floats(0.2, 5))
+def test_a_known_slowing_is_taken_out_exactly(slowing, ratio):
+    def learned(exponent):
+        rates = [(i + 0.5) ** -exponent for i in range(3)]
+        response = ratio * 4.0**-exponent  # the window of two intervals has its middle at 4
+        return watched(rates, [response] * 2, slowing=exponent, slowing_sd=1e-6)
+
+    steady, slowed = learned(0.0), learned(slowing)
+    # The exponent is known to 1e-6, and a log training of at most log 8 multiplies it.
+    assert slowed.log_mean == pytest.approx(steady.log_mean, abs=1e-5)
+    assert slowed.log_variance == pytest.approx(steady.log_variance)
+
+
+def test_the_run_shows_its_own_slowing():
+    # The prior says none; six checks say rates fall as training^-1, and that explains the response.
+    rates = [1 / (i + 0.5) for i in range(8)]
+    watching = watched(rates[:6], rates[6:], slowing=0.0, slowing_sd=0.5)
+    trusting_the_prior = watched(rates[:6], rates[6:], slowing=0.0, slowing_sd=1e-6)
+    assert trusting_the_prior.ratio < watching.ratio
+
+
+def test_a_forecast_over_a_longer_way_claims_less():
+    def after(checks_before):
+        belief = PRIOR.measured(Interval(0.0, 1.0, 1.0, 0.0, 0.0), **SETTINGS).refreshed()
+        for start in (checks_before, checks_before + 1):
+            belief = belief.measured(Interval(start, start + 1.0, 5.0, 0.0, 1.0), **SETTINGS)
+        return belief
+
+    assert after(1).log_variance < after(10).log_variance < PRIOR.log_variance
+
+
 def test_natural_slowing_is_not_blamed_on_the_selection():
     # Rates fall as training^-1 all through: the selection did nothing, and must look the same as no slowing at all.
     slowing = [1 / (i + 0.5) for i in range(8)]
@@ -85,18 +116,19 @@ def test_losing_ground_after_a_refresh_lowers_the_belief():
     assert watched([1.0] * 3, [-1.0] * 2, error=0.1).ratio < PRIOR.ratio
 
 
-@pytest.mark.parametrize("true_ratio", [0.5, 1.0, 2.0, 4.0])
-def test_the_belief_is_calibrated_in_the_world_it_assumes(true_ratio):
+@pytest.mark.parametrize("checks_before", [1, 4])
+@pytest.mark.parametrize("true_ratio", [0.5, 2.0])
+def test_the_belief_is_calibrated_in_the_world_it_assumes(true_ratio, checks_before):
     """Draws from the belief's own model: 95 % intervals hold the truth in 95 % of the runs, to four deviations."""
     source = random.Random(7)
     runs, held = 400, 0
     for _ in range(runs):
         prior = Belief(math.log(true_ratio) + source.gauss(0, 0.7), 0.7**2)
         p = source.gauss(0.5, 0.5)
-        rates = [math.exp(-p * math.log(i + 0.5) + source.gauss(0, 0.5)) for i in range(4)]
+        rates = [math.exp(-p * math.log(i + 0.5) + source.gauss(0, 0.5)) for i in range(checks_before)]
         # One window: its trajectory noise is shared by its intervals.
         noise = source.gauss(0, 0.5)
-        response = [true_ratio * math.exp(-p * math.log(5.0) + noise)] * 2
+        response = [true_ratio * math.exp(-p * math.log(checks_before + 1) + noise)] * 2
         low, high = watched(rates, response, belief=prior).interval()
         held += low <= true_ratio <= high
     assert held / runs >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / runs)

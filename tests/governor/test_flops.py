@@ -18,6 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 TOLERANCE = 0.02
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only lose by threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def llama(layers=3, **options):
     config = transformers.LlamaConfig(
         hidden_size=96,

@@ -209,6 +209,17 @@ def test_the_first_check_never_scores_an_untrained_model():
         assert "REFRESH" in decision.blocked
 
 
+def test_the_warm_up_is_waited_for():
+    governor = Governor(GovernorConfig(warmup=0.2))
+    assert "warm-up" in governor.decide(observe(spent=19.0)).blocked["REFRESH"]
+    assert governor.decide(observe(spent=20.0)).action is Action.REFRESH
+
+
+def test_a_scoring_that_cannot_be_afforded_is_refused_in_those_words():
+    decision = Governor().decide(observe(refresh_cost=70.0))
+    assert decision.blocked == {"REFRESH": "it costs 70 F and 70 F is left before the cooldown"}
+
+
 def test_an_affordable_refresh_is_taken_and_explained():
     decision = Governor().decide(observe())
     assert decision.action is Action.REFRESH
