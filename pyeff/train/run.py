@@ -486,33 +486,34 @@ class _Run:
     def _selection_paid(self, anchors: list[float]) -> tuple[bool | None, str]:
         """The run's own estimate: gain since the first selection against what the same budget unselected would give.
 
-        Unselected, the gain rate g at training spend x is taken to go on as g x / (x + y), the slowing of a
-        loss that falls with the logarithm of training; the scoring's cost counts as training not done.
+        Unselected, the gain rate g after training x is taken to go on as g x / (x + y), the slowing of a loss
+        that falls with the logarithm of training; the scoring's cost counts as training not done. That
+        extrapolation is uncertain by the factor the governor allows a trajectory, and nothing is claimed
+        within two standard errors. Only a second run without selection measures it.
         """
         first = self.state.first_refresh
         if first is None:
             return None, "The pool was never scored, so selection neither cost nor paid anything."
+        gain = paired_gain(first.anchors, anchors)
+        since = f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}"
+        if first.rate is None:
+            return None, (
+                f"{since}; there were fewer than two checks before it, too few to say what would have come without."
+            )
+        if first.rate <= 0 or first.trained <= 0:
+            return None, f"{since}; it was not falling before, so what would have come without cannot be told."
         cost = self.state.scoring_spent
         trained = self.meter.spent - cost - first.trained
-        gain = paired_gain(first.anchors, anchors)
-        if first.rate is None or first.rate <= 0 or first.trained <= 0:
-            return None, (
-                f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}; what it "
-                "would have done without cannot be told, for it was not falling before."
-            )
         unselected = first.rate * first.trained * math.log1p((trained + cost) / first.trained)
         if unselected > first.loss:
-            # The first gains are the format of an answer; no loss falls below zero.
-            return None, (
-                f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}; the rate "
-                "before it, still that of the first steps, says nothing of what would have come without."
-            )
+            return None, f"{since}; the rate before it was that of the first steps and says nothing of the later ones."
         text = (
-            f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}; at the rate "
-            f"before, slowing as usual, the same budget without scoring would have given {unselected:.3f}"
+            f"{since}; at the rate before, slowing as usual, the same budget without scoring would have given "
+            f"{unselected:.3f}"
         )
-        if abs(gain.mean - unselected) <= 2 * gain.standard_error:
-            return None, f"{text}: whether selection paid cannot be told."
+        scatter = math.expm1(self.config.governor_config.trajectory_log_sd) * unselected
+        if abs(gain.mean - unselected) <= 2 * math.hypot(gain.standard_error, scatter):
+            return None, f"{text}: whether selection paid cannot be told from this run alone."
         paid = gain.mean > unselected
         return paid, f"{text}: by this estimate selection {'paid' if paid else 'did not pay'}."
 

@@ -64,8 +64,11 @@ class State:
 
 
 def recent_rate(history: Sequence[tuple[float, float]]) -> float | None:
-    """Fall of the anchor loss per unit of training between the last two checks; None before there are two."""
-    if len(history) < 2:
+    """Fall of the anchor loss per unit of training over the last two intervals; None before there are two.
+
+    One interval would be the first steps, which teach the format of an answer at a rate that nothing keeps up.
+    """
+    if len(history) < 3:
         return None
-    (start, before), (end, now) = history[-2:]
+    (start, before), (end, now) = history[-3], history[-1]
     return (before - now) / (end - start) if end > start else None
