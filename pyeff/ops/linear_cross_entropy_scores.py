@@ -12,6 +12,7 @@ from torch import Tensor
 from pyeff import reference
 from pyeff._extension import extension
 from pyeff.ops._dispatch import Operation
+from pyeff.ops._packed import host_borders
 from pyeff.reference.linear_cross_entropy_scores import FIELDS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,8 +57,8 @@ class TokenScores:
         `cu_seqlens` [S+1], an integer tensor, holds the samples' borders in the token axis: from 0 to N, never
         falling. `reduction` is "mean", "sum" or "max". Ignored positions are left out; a sample with none left is NaN
         under every reduction, and so is one with a NaN among the tokens that count. Accumulates in float64 and gives
-        the same bits in every run. Cost: one pass over 8 N numbers; on a GPU `cu_seqlens` is read back once, which
-        waits for the stream.
+        the same bits in every run. Cost: one pass over 8 N numbers; borders on a GPU are read back at their first use,
+        which waits for the stream.
 
         Raises `ValueError` when `cu_seqlens` is not such a list of borders or `reduction` is none of the three.
 
@@ -68,7 +69,7 @@ class TokenScores:
         """
         if reduction not in ("mean", "sum", "max"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'max'; got {reduction!r}")
-        borders = _borders(cu_seqlens, self.nll.shape[0]).to(self.nll.device)
+        borders = host_borders(cu_seqlens, self.nll.shape[0]).to(self.nll.device)
         kept = self.scored
         table = torch.stack([getattr(self, name) for name in FIELDS], dim=1).double()
         table = torch.where(kept[:, None], table, -math.inf if reduction == "max" else 0.0)
@@ -286,25 +287,6 @@ def _check(
                 f"targets must be in [0, {weight.shape[0]}) or ignore_index ({ignore_index}), "
                 f"got {int(targets[where])} at position {where}"
             )
-
-
-def _borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """`cu_seqlens` as int64 once it is known to cut [0, tokens) into samples."""
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be a list of samples + 1 borders, int32 or int64, got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    borders = cu_seqlens.to(torch.int64)
-    on_host = borders.cpu()
-    if on_host[0] != 0 or on_host[-1] != tokens or (on_host.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {_shortened(on_host)}")
-    return borders
-
-
-def _shortened(values: Tensor) -> str:
-    numbers = [str(v) for v in values.tolist()]
-    return "[" + ", ".join(numbers if len(numbers) <= 8 else [*numbers[:4], "...", *numbers[-3:]]) + "]"
 
 
 def _segments(reduction: str, table: Tensor, borders: Tensor) -> Tensor:
