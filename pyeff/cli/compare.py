@@ -98,7 +98,7 @@ def rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     def row(what: str, show: Any) -> tuple[str, str, str]:
         return what, show(records[0]), show(records[1])
 
-    at = "not measured" if comparison.at is None else scale.text(comparison.at)
+    at = "equal spending" if comparison.at is None else scale.text(comparison.at)
     mark = " (interpolated)" if comparison.interpolated else ""
     out = [
         row("policy", lambda r: r.policy),

@@ -307,7 +307,8 @@ def _loss(axes: Axes, record: RunRecord) -> None:
     axes.set_xlim(-0.012 * _right_edge(record, scale), _right_edge(record, scale))
     axes.set_xlabel(scale.axis_label)
     axes.set_ylabel("loss (nats per answer token)")
-    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.86), fontsize=8.5)
+    if steps or anchors or holdout:
+        axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.86), fontsize=8.5)
 
 
 def _decision_marks(axes: Axes, record: RunRecord, scale: Scale, ceiling: float) -> None:
