@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyeff._extension import extension
 from pyeff.ops._dispatch import Operation
 from pyeff.reference.adamw8bit_step import CODE, AdamWScalars, decode_exp_avg, decode_root, from_blocks, to_blocks
 from pyeff.reference.adamw8bit_step import adamw8bit_step as reference_step
@@ -233,7 +235,99 @@ def _step(
     if impl == "reference":
         reference_step(params, grads, *states, scalars=scalars, block_size=block_size)
         return
-    raise NotImplementedError(impl)
+    # The kernels read flat memory; what is not flat is copied, and a parameter copied back.
+    flat_params = [p if p.is_contiguous() else p.contiguous() for p in params]
+    flat_grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
+    numbers = (
+        scalars.decay,
+        scalars.one_minus_beta1,
+        scalars.beta2,
+        scalars.one_minus_beta2,
+        scalars.step_size,
+        scalars.root_factor,
+        scalars.eps,
+    )
+    if impl == "cpu":
+        fields = [x for row in zip(flat_params, flat_grads, *states, strict=True) for x in _fields(*row)]
+        extension().adamw8bit_step(fields, block_size, numbers, torch.get_num_threads())
+    else:
+        _launch(flat_params, flat_grads, states, block_size, numbers)
+    for p, flat in zip(params, flat_params, strict=True):
+        if flat is not p:
+            p.copy_(flat)
+
+
+def _fields(p: Tensor, g: Tensor, code_m: Tensor, scale_m: Tensor, code_v: Tensor, scale_v: Tensor) -> tuple[int, ...]:
+    """struct AdamWTensor of csrc/common/adamw8bit.h."""
+    return (
+        p.data_ptr(),
+        g.data_ptr(),
+        code_m.data_ptr(),
+        scale_m.data_ptr(),
+        code_v.data_ptr(),
+        scale_v.data_ptr(),
+        p.numel(),
+        DTYPES[p.dtype],
+        DTYPES[g.dtype],
+    )
+
+
+_CHUNK = 4096  # ADAMW_CHUNK of csrc/cuda/adamw8bit.h
+# Tables on the device, by device and content. The chunks of a list of parameters never change; addresses change only
+# when a gradient moves, and torch's allocator mostly hands back the same ones.
+_TABLES: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+_MOST_TABLES = 64
+
+
+def _launch(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: tuple[list[Tensor], ...],
+    block_size: int,
+    numbers: tuple[float, ...],
+) -> None:
+    """One launch for each combination of dtypes, on the current stream; nothing waits for the device."""
+    rows: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for row in zip(params, grads, *states, strict=True):
+        fields = _fields(*row)
+        if fields[6]:
+            rows.setdefault((fields[7], fields[8]), []).append(fields)
+    device = params[0].device
+    stream = torch.cuda.current_stream(device)
+    with torch.cuda.device(device):
+        for (p_dtype, g_dtype), tensors in rows.items():
+            chunks = _table(_chunks, tuple(fields[6] for fields in tensors), stream)
+            table = _table(_integers, tuple(x for fields in tensors for x in fields), stream)
+            extension().adamw8bit_step_cuda(
+                table.data_ptr(), chunks.data_ptr(), len(chunks), p_dtype, g_dtype, block_size, numbers,
+                stream.cuda_stream,
+            )  # fmt: skip
+
+
+def _chunks(sizes: tuple[int, ...]) -> Tensor:
+    """int32 [chunks, 2]: which tensor, and which chunk of it."""
+    counts = torch.tensor([-(-size // _CHUNK) for size in sizes])
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    index = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.stack([tensor, index], dim=1).to(torch.int32)
+
+
+def _integers(values: tuple[int, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _table(build: Callable[[tuple[int, ...]], Tensor], content: tuple[int, ...], stream: torch.cuda.Stream) -> Tensor:
+    # A table belongs to a stream: on it, copy and kernels are in order, and so is a reuse of its memory.
+    key = (stream.device, stream.cuda_stream, build, content)
+    table = _TABLES.get(key)
+    if table is None:
+        # From pinned memory the copy does not wait, and torch keeps that memory until it is done.
+        table = _TABLES[key] = build(content).pin_memory().to(stream.device, non_blocking=True)
+        while len(_TABLES) > _MOST_TABLES:
+            _TABLES.popitem(last=False)
+    else:
+        _TABLES.move_to_end(key)
+    return table
 
 
 @torch.library.register_fake("pyeff::adamw8bit_step")
@@ -244,8 +338,4 @@ def _step_fake(*args: Any, **kwargs: Any) -> None:
 step = torch.ops.pyeff.adamw8bit_step.default
 
 
-def _limits(impl: str, *args: Any, **kwargs: Any) -> str | None:
-    return None
-
-
-OPERATION = Operation("adamw8bit_step", ("reference",), _limits)
+OPERATION = Operation("adamw8bit_step", ("cuda", "cpu", "reference"))

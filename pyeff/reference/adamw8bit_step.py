@@ -22,6 +22,7 @@ docs/optimizer_states.md.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,13 +75,14 @@ class AdamWScalars:
 
 
 def _float32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).float().item()
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def adamw_update(p: Tensor, g: Tensor, m: Tensor, root: Tensor, s: AdamWScalars) -> tuple[Tensor, Tensor, Tensor]:
     """One AdamW step from p, g, m and sqrt(v), all of one shape and dtype; the new p, m and sqrt(v)."""
     m = m + (g - m) * s.one_minus_beta1
-    root = ((root * root) * s.beta2 + (g * g) * s.one_minus_beta2).sqrt()
+    # torch's float32 sqrt may be off by a rounding; through float64 it is IEEE's.
+    root = ((root * root) * s.beta2 + (g * g) * s.one_minus_beta2).double().sqrt().to(root.dtype)
     p = p * s.decay - (m * s.step_size) / (root * s.root_factor + s.eps)
     return p, m, root
 
