@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from pyeff.train.state import FirstRefresh, State, recent_rate
 
 
