@@ -54,12 +54,13 @@ def compare_runs(first: RunRecord, second: RunRecord) -> Comparison:
             f"{first.path} counts its budget in {first.unit}, {second.path} in {second.unit}: "
             "only runs that count the same can be compared at equal spending"
         )
-    curves = first.losses("holdout"), second.losses("holdout")
-    for record, curve in zip((first, second), curves, strict=True):
-        if not curve:
+    for record in (first, second):
+        if not record.losses("holdout"):
             raise UserError(f"{record.path} has no holdout evaluation yet: let it finish, then compare")
     names = _names(first, second)
-    at = min(curve[-1].spent for curve in curves)
+    # What both were before their first step says nothing about how they were trained.
+    curves = [[p for p in r.losses("holdout") if p.step > 0] for r in (first, second)]
+    at = min(curve[-1].spent if curve else 0.0 for curve in curves)
     tolerance = 0.02 * max(first.budget, second.budget)
     a, b = (_at(curve, at, tolerance, r.budget) for curve, r in zip(curves, (first, second), strict=True))
     interpolated = bool((a and a[1]) or (b and b[1]))
@@ -171,6 +172,8 @@ def write_comparison(comparison: Comparison, directory: Path) -> Path:
 
 def _at(curve: list[Point], spent: float, tolerance: float, budget: float) -> tuple[Point, bool] | None:
     """The evaluation at `spent` and whether it was interpolated; None where evaluations are too far apart for that."""
+    if not curve:
+        return None
     nearest = min(curve, key=lambda p: abs(p.spent - spent))
     if abs(nearest.spent - spent) <= tolerance:
         return nearest, False
@@ -192,6 +195,11 @@ def _headline(
 ) -> str:
     """One sentence: which run is better at equal spending, or that it cannot be told."""
     spent = Scale.of(first.unit, max(first.budget, second.budget)).text(at)
+    untrained = [
+        n for n, r in zip(names, (first, second), strict=True) if all(p.step == 0 for p in r.losses("holdout"))
+    ]
+    if untrained:
+        return f"Which run is better cannot be told yet: {untrained[0]} has no holdout loss after training."
     if difference is None or math.isnan(difference):
         return (
             f"Which run is better cannot be told: both did not evaluate the holdout at equal spending ({spent}). "
@@ -224,7 +232,10 @@ def _differing(first: RunRecord, second: RunRecord) -> tuple[tuple[str, Any, Any
     a, b = (dict(flatten(r.start.get("config") or {})) for r in (first, second))
     # A policy given on the command line may not have reached the configuration; the event is what ran.
     a["policy"], b["policy"] = first.policy, second.policy
-    keys = [k for k in dict.fromkeys([*a, *b]) if k.split(".")[0] not in _NOT_THE_RUN]
+    ignored = set(_NOT_THE_RUN)
+    if "uniform" in (first.policy, second.policy):
+        ignored |= {"selector"}  # a uniform run never selects, so its selector is no setting of it
+    keys = [k for k in dict.fromkeys([*a, *b]) if k.split(".")[0] not in ignored]
     return tuple((k, a.get(k, _ABSENT), b.get(k, _ABSENT)) for k in keys if a.get(k, _ABSENT) != b.get(k, _ABSENT))
 
 

@@ -129,7 +129,7 @@ def samples(record: RunRecord) -> Figure:
         return _empty("Nothing was selected: every sample of the pool was drawn alike")
     last = selections[-1]
     rows = sorted(last["by_source"].items(), key=lambda item: (item[1][0] / max(item[1][1], 1), item[0]))
-    figure = Figure(figsize=(9, 1.5 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + 0.27 * len(rows)), layout="constrained")
     figure.suptitle(
         f"Which samples were chosen: {last['kept']} of {last['of']} kept by "
         f"{str(last.get('selector', 'the selector')).replace('_', ' ')}",
@@ -341,8 +341,9 @@ def _decision_marks(axes: Axes, record: RunRecord, scale: Scale, ceiling: float)
                 fontsize=8.5,
                 fontweight="bold",
             )
-    if made:
-        axes.text(0.0, y + 0.035 * ceiling, "decisions", fontsize=8.5, color=MUTED, ha="left")
+    if len(made) > len(turning):
+        marker, colour = ACTION_MARKS["CONTINUE"]
+        axes.plot([], [], marker, ms=4, mfc=colour, mec="white", label="decision to continue")
 
 
 def _scoring_spans(axes: Axes, record: RunRecord, scale: Scale, *, label: bool) -> None:

@@ -55,6 +55,7 @@ class Point:
     spent: float
     loss: float
     standard_error: float = math.nan
+    step: int = 0
     losses: tuple[float, ...] | None = None
 
 
@@ -156,6 +157,7 @@ class RunRecord:
                 self.spent_at(e),
                 _float(e["loss"]),
                 _float(e.get("standard_error")),
+                int(e["step"]),
                 _losses(e.get("losses")),
             )
             for e in self.of("evaluate")

@@ -264,6 +264,10 @@ def _samples(record: RunRecord, pictures: dict[str, bytes]) -> str:
         return f"<p>None were chosen: all {esc(size)} of the pool were drawn alike.</p>"
     last = selections[-1]
     parts = [picture(pictures["samples"], "Share of each source that the last selection kept")]
+    selector = (record.start.get("config") or {}).get("selector")
+    if isinstance(selector, dict):
+        settings = ", ".join(f"{key} {value}" for key, value in selector.items())
+        parts.append(f'<p class="note">Selector: {esc(settings)}.</p>')
     sources = sorted(last["by_source"], key=lambda s: -last["by_source"][s][0] / max(last["by_source"][s][1], 1))
     header = ["source", *(f"kept at step {e['step']}" for e in selections), "of"]
     rows = [[s, *(e["by_source"].get(s, ["n/a"])[0] for e in selections), last["by_source"][s][1]] for s in sources]

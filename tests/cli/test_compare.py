@@ -123,6 +123,13 @@ def test_a_run_without_a_holdout_loss_is_refused_by_name(make_run):
         compare_runs(load_run(make_run("a")), load_run(run))
 
 
+def test_an_unfinished_run_is_not_judged_by_what_it_was_before_training(make_run):
+    compared = compare_runs(load_run(make_run("a")), load_run(make_run("b", policy="uniform", finish=False)))
+    assert compared.difference is None
+    assert compared.headline.endswith("cannot be told yet: uniform has no holdout loss after training.")
+    assert "uniform is unfinished." in notes(compared)
+
+
 def test_differences_beside_the_policy_are_said(make_run):
     first = load_run(make_run("a"))
     same = compare_runs(first, load_run(make_run("b", policy="uniform")))
