@@ -72,6 +72,10 @@ def run(
     from pyeff.train import train_run
 
     console = Console()
+    if resume is not None and (resume / "result.json").is_file():
+        console.print(f"{resume} is finished: there is nothing to resume.", markup=False, soft_wrap=True)
+        _finish(console, resume)
+        return
     try:
         with display(console, directory=resume or settings.out) as observer:
             train_run(settings, observers=[observer], resume=resume)

@@ -111,6 +111,8 @@ def duration(seconds: float | None) -> str:
     """
     if seconds is None or math.isnan(seconds):
         return "n/a"
+    if seconds < 9.95:
+        return f"{number(round(seconds, 1))} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -157,6 +157,16 @@ def test_resuming_takes_the_settings_the_run_began_with(config, trained, make_ru
     assert "keeps the settings it began with" in sentence(capsys)
 
 
+def test_a_finished_run_is_not_trained_again(config, trained, make_run, capsys):
+    run = make_run("out")
+    (run / "config.yaml").write_text(load_config(config).to_yaml())
+    (run / "result.json").write_text("{}")
+    trained.calls.clear()
+    assert run_app(["run", "--resume", str(run)]) == 0
+    assert not trained.calls
+    assert "is finished: there is nothing to resume" in capsys.readouterr().out
+
+
 def test_compare_prints_the_table_and_writes_beside_the_runs(make_run, capsys, tmp_path):
     first, second = make_run("a"), make_run("b", policy="uniform")
     assert run_app(["compare", str(first), str(second)]) == 0
