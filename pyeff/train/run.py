@@ -41,7 +41,7 @@ from pyeff.train.evaluate import summarize_losses, summed_loss
 from pyeff.train.events import Event, EventLog, Observer
 from pyeff.train.job import Job
 from pyeff.train.model import _quiet
-from pyeff.train.state import FirstRefresh, State, recent_rate
+from pyeff.train.state import FirstRefresh, State, Trend, trend
 
 _EXAMPLES = 12
 
@@ -113,8 +113,10 @@ class _Run:
 
     def _final_reserve(self) -> float:
         """What the evaluations at the end will cost, and with a time budget the writing of the result."""
-        price = self.meter.price("eval", flops=self.job.evaluation_flops())
-        return price + (2 * self.state.checkpoint_seconds if self.meter.unit == "seconds" else 0.0)
+        if self.meter.unit == "seconds":
+            # The same was done before the first step; a checkpoint and the model are written besides.
+            return self.state.evaluation_seconds + 2 * self.state.checkpoint_seconds
+        return self.meter.price("eval", flops=self.job.evaluation_flops())
 
     def _cooldown_amount(self) -> float:
         return self.config.cooldown * self.meter.budget.amount
@@ -179,6 +181,7 @@ class _Run:
         self.state.holdout_before = self._evaluate("holdout")
         self.state.anchors = self._evaluate("anchors")
         self.state.exact_before = self._exact_match("start")
+        self.state.evaluation_seconds = self.meter.ledger.entry("eval").seconds
         self.state.anchors_at = self.meter.spent
         self.state.history.append((self.meter.spent, summarize_losses(self.state.anchors).loss))
         self.state.next_check = self.meter.spent + self._check_interval()
@@ -356,10 +359,11 @@ class _Run:
         )
         self.order.set_indices(selection.indices.tolist())
         if state.refreshes == 0:
+            before_it = trend(state.history)
             state.first_refresh = FirstRefresh(
                 trained=spent_before - state.scoring_spent,
                 loss=summarize_losses(state.anchors).loss,
-                rate=recent_rate(state.history),
+                trend=None if before_it is None else [before_it.rate, before_it.decay],
                 cost=self.meter.spent - spent_before,
                 anchors=state.anchors,
             )
@@ -486,35 +490,26 @@ class _Run:
     def _selection_paid(self, anchors: list[float]) -> tuple[bool | None, str]:
         """The run's own estimate: gain since the first selection against what the same budget unselected would give.
 
-        Unselected, the gain rate g after training x is taken to go on as g x / (x + y), the slowing of a loss
-        that falls with the logarithm of training; the scoring's cost counts as training not done. That
-        extrapolation is uncertain by the factor the governor allows a trajectory, and nothing is claimed
-        within two standard errors. Only a second run without selection measures it.
+        What the latter would be is bracketed by two extrapolations of the gains before the selection (see `Trend`),
+        over the training done since and the training that scoring displaced. Nothing is claimed inside the
+        bracket or within two standard errors of it. Only a second run without selection measures it.
         """
         first = self.state.first_refresh
         if first is None:
             return None, "The pool was never scored, so selection neither cost nor paid anything."
         gain = paired_gain(first.anchors, anchors)
         since = f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}"
-        if first.rate is None:
-            return None, (
-                f"{since}; there were fewer than two checks before it, too few to say what would have come without."
-            )
-        if first.rate <= 0 or first.trained <= 0:
-            return None, f"{since}; it was not falling before, so what would have come without cannot be told."
-        cost = self.state.scoring_spent
-        trained = self.meter.spent - cost - first.trained
-        unselected = first.rate * first.trained * math.log1p((trained + cost) / first.trained)
-        if unselected > first.loss:
-            return None, f"{since}; the rate before it was that of the first steps and says nothing of the later ones."
-        text = (
-            f"{since}; at the rate before, slowing as usual, the same budget without scoring would have given "
-            f"{unselected:.3f}"
-        )
-        scatter = math.expm1(self.config.governor_config.trajectory_log_sd) * unselected
-        if abs(gain.mean - unselected) <= 2 * math.hypot(gain.standard_error, scatter):
+        if first.trend is None:
+            return None, f"{since}; what it would have done without cannot be told from the few checks before."
+        more = self.meter.spent - first.trained
+        low, high = Trend(*first.trend).expected(first.trained, more)
+        # No loss falls below zero.
+        high = min(high, first.loss)
+        text = f"{since}; going on as before, the same budget without scoring would have given {low:.3f} to {high:.3f}"
+        margin = 2 * gain.standard_error
+        if low - margin <= gain.mean <= high + margin:
             return None, f"{text}: whether selection paid cannot be told from this run alone."
-        paid = gain.mean > unselected
+        paid = gain.mean > high
         return paid, f"{text}: by this estimate selection {'paid' if paid else 'did not pay'}."
 
     def _save_model(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ class FirstRefresh:
 
     trained: float
     loss: float
-    rate: float | None
+    trend: list[float] | None
     cost: float
     anchors: list[float]
 
@@ -40,6 +41,7 @@ class State:
     history: list[tuple[float, float]] = field(default_factory=list)
     decisions: dict[str, int] = field(default_factory=dict)
     checkpoint_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     saved_at: int = -1
     reason: str = ""
 
@@ -63,12 +65,38 @@ class State:
         )
 
 
-def recent_rate(history: Sequence[tuple[float, float]]) -> float | None:
-    """Fall of the anchor loss per unit of training over the last two intervals; None before there are two.
+@dataclass(frozen=True)
+class Trend:
+    """How fast the anchor loss fell at some moment, per unit of training, and how fast that rate was itself falling.
 
-    One interval would be the first steps, which teach the format of an answer at a rate that nothing keeps up.
+    Two extrapolations bracket what a run commonly does next. The slow one lets the rate fall as 1 / training:
+    a loss that goes on as the logarithm of training. The fast one lets it fall exponentially, by ``decay``
+    per unit of training, as between the last two intervals: a loss that settles.
     """
+
+    rate: float
+    decay: float
+
+    def expected(self, done: float, more: float) -> tuple[float, float]:
+        """Least and most that the loss would fall over ``more`` training after ``done``, had all gone on as before.
+
+        >>> low, high = Trend(rate=1.0, decay=1.0).expected(1.0, 3.0)
+        >>> round(low, 3), round(high, 3)
+        (0.95, 1.386)
+        """
+        logarithmic = self.rate * done * math.log1p(more / done)
+        settling = self.rate * (-math.expm1(-self.decay * more) / self.decay if self.decay > 0 else more)
+        return min(logarithmic, settling), max(logarithmic, settling)
+
+
+def trend(history: Sequence[tuple[float, float]]) -> Trend | None:
+    """Of (training, anchor loss) pairs, the trend at the last; None before there are two intervals with a gain."""
     if len(history) < 3:
         return None
-    (start, before), (end, now) = history[-3], history[-1]
-    return (before - now) / (end - start) if end > start else None
+    (a, loss_a), (b, loss_b), (c, loss_c) = history[-3:]
+    if not a < b < c or not loss_a > loss_b > loss_c:
+        return None
+    earlier, later = (loss_a - loss_b) / (b - a), (loss_b - loss_c) / (c - b)
+    # Each interval's rate is that of its middle; the last one is carried on to its end.
+    decay = max(math.log(earlier / later) / ((c - a) / 2), 0.0)
+    return Trend(rate=later * math.exp(-decay * (c - b) / 2), decay=decay)
