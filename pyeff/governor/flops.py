@@ -2,7 +2,7 @@
 
 A matrix product of [n, k] and [k, m] is 2 n k m FLOPs. Matrix products are all that is counted, as
 ``torch.utils.flop_counter`` counts them: norms, activations, rotary embeddings, softmax and the optimizer's
-element-wise work are left out (under 1 % of a step from a hidden size of a few hundred on).
+element-wise work are left out (of the order of one per cent of a step).
 
 What is counted is what is *executed*. A batch of T packed tokens under a dense block-diagonal mask multiplies
 all T x T pairs, masked or not; a variable-length kernel multiplies only the sum of the squared lengths. The

@@ -14,8 +14,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-# What the promise is: the counter also sees the rotary embedding's small products, which the formulas leave out.
-TOLERANCE = 0.02
+
+def agrees(ours, counted, *, tokens=24, head_dim=32):
+    """Equal but for the rotary embedding: positions x frequencies may be a product, once a pass and its repetition."""
+    return abs(ours - counted) <= 2 * tokens * head_dim and abs(ours - counted) <= 0.02 * counted
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -118,26 +120,26 @@ MODELS = {"llama": llama, "qwen2": qwen2, "qwen3": wide_heads, "gpt2": gpt2}
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_agrees_with_the_counter(name):
     model, shape = MODELS[name]()
-    assert shape.forward(24) == pytest.approx(counted(model, backward=False), rel=TOLERANCE)
+    assert agrees(shape.forward(24), counted(model, backward=False))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_full_training_step_agrees_with_the_counter(name):
     model, shape = MODELS[name]()
-    assert shape.train(24) == pytest.approx(counted(model.train(), backward=True), rel=TOLERANCE)
+    assert agrees(shape.train(24), counted(model.train(), backward=True))
 
 
 def test_rows_of_a_batch_attend_apart():
     model, shape = llama()
     expected = counted(model, batch=3, length=16, backward=False)
-    assert shape.forward(48, attention_pairs=attention_pairs([16] * 3)) == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(shape.forward(48, attention_pairs=attention_pairs([16] * 3)), expected)
 
 
 def test_a_packed_row_under_a_dense_mask_executes_every_pair():
     model, shape = llama()
     positions = torch.cat([torch.arange(length) for length in (5, 19)])[None]
     expected = counted(model, backward=False, position_ids=positions)
-    assert shape.forward(24) == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(shape.forward(24), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -147,7 +149,7 @@ def test_the_head_is_charged_only_where_logits_are_computed(name, backward):
     keep = torch.tensor([3, 4, 11])
     count = shape.train if backward else shape.forward
     expected = counted(model.train(backward), backward=backward, logits_to_keep=keep)
-    assert count(24, head_tokens=3) == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(count(24, head_tokens=3), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,7 +157,7 @@ def test_a_frozen_embedding_still_owes_the_first_layers_input_gradient_to_its_tr
     model, shape = MODELS[name]()
     model.get_input_embeddings().weight.requires_grad_(False)  # and a head tied to it
     expected = counted(model.train(), backward=True)
-    assert shape.train(24, frozen_embedding=True) == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(shape.train(24, frozen_embedding=True), expected)
 
 
 LLAMA_NAMES = {
@@ -185,7 +187,7 @@ def test_lora_step_agrees_with_the_counter(targets, layers):
     model, shape = llama(layers)
     expected = counted(with_lora(model, targets).train(), backward=True)
     got = shape.train(24, trainable="lora", lora_rank=8, lora_targets=targets)
-    assert got == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(got, expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -203,7 +205,7 @@ def test_checkpointed_step_agrees_with_the_counter(targets, reentrant):
         options["input_requires_grad"] = True
     expected = counted(model.train(), backward=True)
     got = shape.train(24, checkpointing=True, early_stop=not reentrant, **options)
-    assert got == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(got, expected)
 
 
 def test_input_gradients_can_be_asked_for():
@@ -212,7 +214,7 @@ def test_input_gradients_can_be_asked_for():
     model.enable_input_require_grads()
     expected = counted(model.train(), backward=True)
     got = shape.train(24, trainable="lora", lora_rank=8, input_requires_grad=True)
-    assert got == pytest.approx(expected, rel=TOLERANCE)
+    assert agrees(got, expected)
 
 
 def test_micro_batches_sum_to_the_batch():
@@ -222,7 +224,7 @@ def test_micro_batches_sum_to_the_batch():
     assert whole == parts
     together = shape.train(48, attention_pairs=4 * 144)
     assert together == 4 * shape.train(12)
-    assert together == pytest.approx(whole, rel=TOLERANCE)
+    assert agrees(together, whole)
 
 
 SHAPES = st.builds(
