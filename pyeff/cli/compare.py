@@ -232,10 +232,11 @@ def _differing(first: RunRecord, second: RunRecord) -> tuple[tuple[str, Any, Any
     a, b = (dict(flatten(r.start.get("config") or {})) for r in (first, second))
     # A policy given on the command line may not have reached the configuration; the event is what ran.
     a["policy"], b["policy"] = first.policy, second.policy
-    ignored = set(_NOT_THE_RUN)
+    ignored = list(_NOT_THE_RUN)
     if "uniform" in (first.policy, second.policy):
-        ignored |= {"selector"}  # a uniform run never selects, so its selector is no setting of it
-    keys = [k for k in dict.fromkeys([*a, *b]) if k.split(".")[0] not in ignored]
+        # A uniform run never selects: how it would is no setting of it. How often it looks is.
+        ignored += ["selector", *(k for k in (*a, *b) if k.startswith("governor.") and k != "governor.check_every")]
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in ignored and k.split(".")[0] not in ignored]
     return tuple((k, a.get(k, _ABSENT), b.get(k, _ABSENT)) for k in keys if a.get(k, _ABSENT) != b.get(k, _ABSENT))
 
 
