@@ -10,10 +10,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 DEMO_OUT ?= runs/smollm2
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bench lint install clean clean-demo
 
 demo: install
-	$(BIN)/pyeff run examples/smollm2.yaml --out $(DEMO_OUT) $(DEMO_FLAGS)
+	@if [ -e $(DEMO_OUT)/config.yaml ]; then \
+		echo "$(DEMO_OUT) holds a run: going on with it (make clean-demo starts afresh)"; \
+		$(BIN)/pyeff run --resume $(DEMO_OUT); \
+	else \
+		$(BIN)/pyeff run examples/smollm2.yaml --out $(DEMO_OUT) $(DEMO_FLAGS); \
+	fi
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -40,6 +45,9 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(shell find 
 	@touch $@
 
 install: $(VENV)/install.stamp
+
+clean-demo:
+	rm -rf $(DEMO_OUT)
 
 clean:
 	rm -rf build $(VENV) runs *.egg-info pyeff/*.so
