@@ -10,9 +10,17 @@
 
 namespace pyeff {
 
-// What a step shares among all elements; rounded from double once, on the host.
+// What a step shares among all elements; rounded from double once, on the host. The step works on M = m / (1 - beta1)
+// and R = sqrt(v / (1 - beta2)), so that a gradient is added as it is; what brings them back to m and sqrt(v) is
+// applied to the scale of a block. The corrections for bias stand in step_size and eps.
 struct AdamWScalars {
-    float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, root_factor, eps;
+    float decay;        // 1 - lr weight_decay
+    float exp_avg_in;   // beta1 / (1 - beta1)
+    float exp_avg_out;  // 1 - beta1
+    float root_in;      // sqrt(beta2 / (1 - beta2))
+    float root_out;     // sqrt(1 - beta2)
+    float step_size;    // lr (1 - beta1) / (1 - beta1^t) sqrt(1 - beta2^t) / sqrt(1 - beta2)
+    float eps;          // eps sqrt(1 - beta2^t) / sqrt(1 - beta2)
 };
 
 // One parameter: addresses, so that a list of them is an array of integers.
@@ -25,55 +33,65 @@ struct AdamWTensor {
 constexpr int64_t DTYPE_FLOAT32 = 0, DTYPE_BFLOAT16 = 1;
 
 constexpr uint32_t BITS_OF_ONE = 0x3f800000u;
+constexpr uint32_t BITS_OF_INFINITY = 0x7f800000u;
 constexpr uint32_t BINADE = 1u << 23;
 constexpr float LARGEST_M = 31.0f / 32.0f;  // what k = 127 stands for, relative to the scale
 constexpr float INVERSE_LARGEST_M = 32.0f / 31.0f;
 constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // 2^-126: below it 1 / scale overflows
 
-// A sign and k in 0..127: B(|m| / scale) = 4 B(k / 128) - 3 B(1), and 0 for k = 0.
-template <class U, class F>
-PYEFF_LANE F decode_exp_avg(U code, F scale) {
-    const U k = code & broadcast(127u, code);
-    const U sign = (code & broadcast(128u, code)) << 24;
-    const F t = float_of_uint(k) * broadcast(1.0f / 128.0f, scale);
-    const F magnitude = float_of_bits((bits_of(t) << 2) - broadcast(3u * BITS_OF_ONE, code)) * scale;
-    const F zero = broadcast(0.0f, scale);
-    return float_of_bits(bits_of(select(t == zero, zero, magnitude)) | sign);
+// Once a block: what decoded values are multiplied by, the new scale, and what new values are multiplied by.
+PYEFF_LANE float exp_avg_factor(float scale, const AdamWScalars& s) { return scale * s.exp_avg_in; }
+PYEFF_LANE float exp_avg_scale(float largest, const AdamWScalars& s) {
+    return max_of(largest * s.exp_avg_out * INVERSE_LARGEST_M, SMALLEST_SCALE);
+}
+PYEFF_LANE float exp_avg_divisor(float scale, const AdamWScalars& s) { return divide(s.exp_avg_out, scale); }
+PYEFF_LANE float root_factor(float scale, const AdamWScalars& s) { return scale * s.root_in * (1.0f / 256.0f); }
+PYEFF_LANE float root_scale(float largest, const AdamWScalars& s) { return largest * s.root_out; }
+PYEFF_LANE float root_divisor(float scale, const AdamWScalars& s) {
+    return divide(s.root_out, max_of(scale, SMALLEST_SCALE));
 }
 
-PYEFF_LANE float exp_avg_scale(float largest) { return max_of(largest * INVERSE_LARGEST_M, SMALLEST_SCALE); }
-
-// Only the low eight bits of the result count. NaN becomes the largest positive value.
+// `code` is k in -127..127, sign extended: B(|m| / scale) = 4 B(|k| / 128) - 3 B(1), and 0 for k = 0.
 template <class U, class F>
-PYEFF_LANE U encode_exp_avg(F m, F inverse_scale, U like) {
-    const F bound = broadcast(LARGEST_M, m);
-    const F relative = max_of(min_of(m * inverse_scale, bound), broadcast(-LARGEST_M, m));
-    const U bits = bits_of(relative);
+PYEFF_LANE F decode_exp_avg(U code, F factor) {
+    const F k = float_of_int(code);
+    // The shift drops the sign, which the product gets back; 28 binades are those of 128^4.
+    const F quartic = float_of_bits((bits_of(k) << 2) - broadcast(3u * BITS_OF_ONE + 28u * BINADE, code));
+    const F magnitude = zero_where_zero(code, quartic * factor);
+    return float_of_bits(bits_of(magnitude) | (code & broadcast(0x80000000u, code)));
+}
+
+// relative = m / scale, at most 31/32 in magnitude. Only the low eight bits of the result count.
+template <class U, class F>
+PYEFF_LANE U encode_exp_avg(F relative, U like) {
+    const U bits = bits_of(relative), sign = broadcast(0x80000000u, like);
     const U magnitude = bits & broadcast(0x7fffffffu, like);
-    const F t = float_of_bits((magnitude + broadcast(3u * BITS_OF_ONE, like)) >> 2);
-    // Adding 2^16 rounds t to nearest even 1/128 and leaves 128 t in the lowest bits.
-    const U k = bits_of(t + broadcast(65536.0f, m));
-    return (k | ((bits >> 24) & broadcast(128u, like))) & broadcast(255u, like);
+    const F t = float_of_bits(((magnitude + broadcast(3u * BITS_OF_ONE, like)) >> 2) | (bits & sign));
+    // Adding 1.5 2^16 rounds t to nearest even 1/128 and leaves 128 t in the lowest bits, in two's complement.
+    return bits_of(t + broadcast(98304.0f, relative));
 }
 
-// sqrt(v): t = (k + 1) / 256 in the top binade, four binades for each halving of t below it; never zero.
+// sqrt(v): t = (code + 1) / 256 in the top binade, four binades for each halving of t below it; never zero.
 template <class U, class F>
-PYEFF_LANE F decode_root(U code, F scale) {
-    const F t = (float_of_uint(code) + broadcast(1.0f, scale)) * broadcast(1.0f / 256.0f, scale);
-    const F quartic = float_of_bits((bits_of(t) << 2) - broadcast(3u * BITS_OF_ONE - 3u * BINADE, code));
-    return min_of(t, quartic) * scale;
+PYEFF_LANE F decode_root(U code, F factor) {
+    const F t = float_of_uint(code) + broadcast(1.0f, factor);
+    const F quartic = float_of_bits((bits_of(t) << 2) - broadcast(3u * BITS_OF_ONE + 21u * BINADE, code));
+    return min_of(t, quartic) * factor;
 }
 
-PYEFF_LANE float inverse_of_scale(float scale) { return divide(1.0f, max_of(scale, SMALLEST_SCALE)); }
-
-// Only the low eight bits of the result count. NaN becomes the largest value.
+// relative = sqrt(v) / scale, in [0, 1]. Only the low eight bits of the result count.
 template <class U, class F>
-PYEFF_LANE U encode_root(F root, F inverse_scale, U like) {
-    const F relative = min_of(root * inverse_scale, broadcast(1.0f, root));
+PYEFF_LANE U encode_root(F relative, U like) {
     const U quarter = (bits_of(relative) + broadcast(3u * BITS_OF_ONE - 3u * BINADE, like)) >> 2;
-    const F t = max_of(max_of(relative, float_of_bits(quarter)), broadcast(1.0f / 256.0f, root));
+    const F t = max_of(max_of(relative, float_of_bits(quarter)), broadcast(1.0f / 256.0f, relative));
     // Rounds t to nearest even 1/256 and takes one off.
-    return bits_of(t + broadcast(32768.0f - 1.0f / 256.0f, root)) & broadcast(255u, like);
+    return bits_of(t + broadcast(32768.0f - 1.0f / 256.0f, relative));
+}
+
+// For blocks that hold NaN or Inf: those saturate their codes, NaN as if it were positive.
+template <class F>
+PYEFF_LANE F clamped(F relative, float bound) {
+    return max_of(min_of(relative, broadcast(bound, relative)), broadcast(-bound, relative));
 }
 
 template <class F>
@@ -81,13 +99,12 @@ struct AdamWLane {
     F p, m, root;
 };
 
+// From the decoded beta1 M and sqrt(beta2) R to the new M and R.
 template <class F>
 PYEFF_LANE AdamWLane<F> adamw_update(F p, F g, F m, F root, const AdamWScalars& s) {
-    const F new_m = m + (g - m) * broadcast(s.one_minus_beta1, p);
-    const F v = (root * root) * broadcast(s.beta2, p) + (g * g) * broadcast(s.one_minus_beta2, p);
-    const F new_root = sqrt_of(v);
-    const F denominator = new_root * broadcast(s.root_factor, p) + broadcast(s.eps, p);
-    const F step = divide(new_m * broadcast(s.step_size, p), denominator);
+    const F new_m = m + g;
+    const F new_root = sqrt_of(root * root + g * g);
+    const F step = divide(new_m * broadcast(s.step_size, p), new_root + broadcast(s.eps, p));
     return {p * broadcast(s.decay, p) - step, new_m, new_root};
 }
 

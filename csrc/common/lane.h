@@ -58,6 +58,7 @@ PYEFF_LANE float divide(float a, float b) {
 }
 
 PYEFF_LANE float select(bool condition, float yes, float no) { return condition ? yes : no; }
+PYEFF_LANE float zero_where_zero(uint32_t k, float x) { return k == 0 ? 0.0f : x; }
 PYEFF_LANE uint32_t select(bool condition, uint32_t yes, uint32_t no) { return condition ? yes : no; }
 
 // max and min in the sense of x86: the second operand when either is NaN. Spelled out so that every level
@@ -65,7 +66,10 @@ PYEFF_LANE uint32_t select(bool condition, uint32_t yes, uint32_t no) { return c
 PYEFF_LANE float max_of(float a, float b) { return a > b ? a : b; }
 PYEFF_LANE float min_of(float a, float b) { return a < b ? a : b; }
 PYEFF_LANE float abs_of(float x) { return float_of_bits(bits_of(x) & 0x7fffffffu); }
+PYEFF_LANE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
+// Of a number below 2^31, and of an integer in two's complement.
 PYEFF_LANE float float_of_uint(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
+PYEFF_LANE float float_of_int(uint32_t u) { return float_of_uint(u); }
 
 // bfloat16 <-> float32; to bfloat16 rounds to nearest even and keeps NaN a NaN.
 PYEFF_LANE float float_of_bf16(uint16_t h) { return float_of_bits(static_cast<uint32_t>(h) << 16); }

@@ -26,42 +26,56 @@ struct Moments {
 
 // NaN and Inf belong to their element alone: a scale made of them would spoil the whole block.
 float largest_finite(const float* x, int64_t n) {
-    float largest = 0.0f;
+    uint32_t largest = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const float magnitude = abs_of(x[i]);
-        if (magnitude < INFINITE) largest = max_of(magnitude, largest);
+        const uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
+        if (magnitude < BITS_OF_INFINITY) largest = max_of(magnitude, largest);
     }
-    return largest;
+    return float_of_bits(largest);
+}
+
+template <bool CLAMP>
+void encode_block(uint8_t* m_code, uint8_t* v_code, float m_divisor, float v_divisor, int64_t padded,
+                  const Moments& moments) {
+    const F16 by_m = splat(m_divisor), by_v = splat(v_divisor);
+    const U16 like = splat(0u);
+    for (int64_t i = 0; i < padded; i += LANES) {
+        F16 m = load(moments.m + i) * by_m, root = load(moments.root + i) * by_v;
+        if (CLAMP) {
+            m = clamped(m, LARGEST_M);
+            root = clamped(root, 1.0f);
+        }
+        store_low_bytes(m_code + i, encode_exp_avg(m, like), v_code + i, encode_root(root, like));
+    }
 }
 
 // Whole vectors of one block. `valid` of the `padded` elements count for the scales.
 template <class P, class G>
 void update_block(P* p, const G* g, uint8_t* m_code, float* m_scale, uint8_t* v_code, float* v_scale, int64_t padded,
                   int64_t valid, const AdamWScalars& s, Moments& moments) {
-    const F16 old_m_scale = splat(*m_scale), old_v_scale = splat(*v_scale);
-    F16 largest_m = splat(0.0f), largest_root = largest_m;
+    const F16 by_m = splat(exp_avg_factor(*m_scale, s)), by_v = splat(root_factor(*v_scale, s));
+    // Magnitudes are compared as integers, which puts Inf above all numbers and NaN above Inf.
+    U16 largest_m = splat(0u), largest_root = largest_m;
     for (int64_t i = 0; i < padded; i += LANES) {
         const AdamWLane<F16> lane =
-            adamw_update(load_any(p + i), load_any(g + i), decode_exp_avg(load_u8(m_code + i), old_m_scale),
-                         decode_root(load_u8(v_code + i), old_v_scale), s);
+            adamw_update(load_any(p + i), load_any(g + i), decode_exp_avg(load_i8(m_code + i), by_m),
+                         decode_root(load_u8(v_code + i), by_v), s);
         store_any(p + i, lane.p);
         store(moments.m + i, lane.m);
         store(moments.root + i, lane.root);
-        // The second operand wins against NaN.
-        largest_m = max_of(abs_of(lane.m), largest_m);
-        largest_root = max_of(lane.root, largest_root);
+        largest_m = max_of(bits_of(abs_of(lane.m)), largest_m);
+        largest_root = max_of(bits_of(lane.root), largest_root);
     }
-    float m_top = max_of_lanes(largest_m), v_top = max_of_lanes(largest_root);
-    if (valid < padded || m_top == INFINITE) m_top = largest_finite(moments.m, valid);
-    if (valid < padded || v_top == INFINITE) v_top = largest_finite(moments.root, valid);
-    *m_scale = exp_avg_scale(m_top);
-    *v_scale = v_top;
-    const F16 m_inverse = splat(inverse_of_scale(*m_scale)), v_inverse = splat(inverse_of_scale(*v_scale));
-    const U16 like = splat(0u);
-    for (int64_t i = 0; i < padded; i += LANES) {
-        store_u8(m_code + i, encode_exp_avg(load(moments.m + i), m_inverse, like));
-        store_u8(v_code + i, encode_root(load(moments.root + i), v_inverse, like));
+    float m_top = float_of_bits(max_of_lanes(largest_m)), v_top = float_of_bits(max_of_lanes(largest_root));
+    const bool finite = m_top < INFINITE && v_top < INFINITE;
+    if (!finite || valid < padded) {
+        m_top = largest_finite(moments.m, valid);
+        v_top = largest_finite(moments.root, valid);
     }
+    *m_scale = exp_avg_scale(m_top, s);
+    *v_scale = root_scale(v_top, s);
+    const auto encode = finite ? &encode_block<false> : &encode_block<true>;
+    encode(m_code, v_code, exp_avg_divisor(*m_scale, s), root_divisor(*v_scale, s), padded, moments);
 }
 
 template <class P, class G>

@@ -54,6 +54,9 @@ PYEFF_LANE void store(float* p, F16 x) { _mm512_storeu_ps(p, x.v); }
 PYEFF_LANE U16 load_u8(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+PYEFF_LANE U16 load_i8(const uint8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 PYEFF_LANE void store_u8(uint8_t* p, U16 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
@@ -78,6 +81,7 @@ PYEFF_BINARY(U16, operator&, _mm512_and_si512)
 PYEFF_BINARY(U16, operator|, _mm512_or_si512)
 PYEFF_BINARY(U16, operator^, _mm512_xor_si512)
 PYEFF_BINARY(U16, operator*, _mm512_mullo_epi32)
+PYEFF_BINARY(U16, max_of, _mm512_max_epu32)
 #undef PYEFF_BINARY
 PYEFF_LANE U16 operator<<(U16 a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 PYEFF_LANE U16 operator>>(U16 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
@@ -93,6 +97,13 @@ PYEFF_LANE M16 operator>(U16 a, U16 b) { return {_mm512_cmpgt_epu32_mask(a.v, b.
 PYEFF_LANE M16 operator==(U16 a, U16 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 PYEFF_LANE F16 select(M16 m, F16 yes, F16 no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
 PYEFF_LANE U16 select(M16 m, U16 yes, U16 no) { return {_mm512_mask_blend_epi32(m.v, no.v, yes.v)}; }
+
+PYEFF_LANE uint32_t max_of_lanes(U16 x) { return _mm512_reduce_max_epu32(x.v); }
+PYEFF_LANE F16 zero_where_zero(U16 k, F16 x) { return {_mm512_maskz_mov_ps(_mm512_test_epi32_mask(k.v, k.v), x.v)}; }
+PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
+    store_u8(p, x);
+    store_u8(q, y);
+}
 
 #elif defined(PYEFF_AT_AVX2)
 // ------------------------------------------------------------------------------------------------ AVX2
@@ -117,8 +128,12 @@ PYEFF_LANE void store(float* p, F16 x) {
     _mm256_storeu_ps(p + 8, x.b);
 }
 PYEFF_LANE U16 load_u8(const uint8_t* p) {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+PYEFF_LANE U16 load_i8(const uint8_t* p) {
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
 }
 PYEFF_LANE U16 load_u16(const uint16_t* p) {
     return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
@@ -148,6 +163,7 @@ PYEFF_BINARY(U16, operator&, _mm256_and_si256)
 PYEFF_BINARY(U16, operator|, _mm256_or_si256)
 PYEFF_BINARY(U16, operator^, _mm256_xor_si256)
 PYEFF_BINARY(U16, operator*, _mm256_mullo_epi32)
+PYEFF_BINARY(U16, max_of, _mm256_max_epu32)
 #undef PYEFF_BINARY
 PYEFF_LANE U16 operator<<(U16 x, int n) {
     const __m128i c = _mm_cvtsi32_si128(n);
@@ -185,6 +201,30 @@ PYEFF_LANE F16 select(M16 m, F16 yes, F16 no) {
 PYEFF_LANE U16 select(M16 m, U16 yes, U16 no) {
     return {_mm256_blendv_epi8(no.a, yes.a, m.a), _mm256_blendv_epi8(no.b, yes.b, m.b)};
 }
+PYEFF_LANE F16 zero_where_zero(U16 k, F16 x) {
+    const __m256i zero = _mm256_setzero_si256();
+    return {_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(k.a, zero)), x.a),
+            _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(k.b, zero)), x.b)};
+}
+// Each 128-bit half gathers its low bytes, every operand's into a quarter of its own.
+PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
+    const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0x0c080400, -1, -1, -1));
+    const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi32(-1, 0x0c080400, -1, -1));
+    const __m256i third = _mm256_broadcastsi128_si256(_mm_setr_epi32(-1, -1, 0x0c080400, -1));
+    const __m256i fourth = _mm256_broadcastsi128_si256(_mm_setr_epi32(-1, -1, -1, 0x0c080400));
+    const __m256i bytes =
+        _mm256_or_si256(_mm256_or_si256(_mm256_shuffle_epi8(x.a, first), _mm256_shuffle_epi8(x.b, second)),
+                        _mm256_or_si256(_mm256_shuffle_epi8(y.a, third), _mm256_shuffle_epi8(y.b, fourth)));
+    const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_extracti128_si256(ordered, 1));
+}
+PYEFF_LANE uint32_t max_of_lanes(U16 x) {
+    const __m256i eight = _mm256_max_epu32(x.a, x.b);
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
+}
 
 #else
 // ------------------------------------------------------------------------------------------------ baseline
@@ -208,6 +248,30 @@ PYEFF_LANE F16 splat(float x){PYEFF_EACH(F16, x)} PYEFF_LANE U16 splat(uint32_t 
     load_u8(const uint8_t* p){PYEFF_EACH(U16, p[i])} PYEFF_LANE U16
     load_u16(const uint16_t* p){PYEFF_EACH(U16, p[i])} PYEFF_LANE void store(float* p, F16 x) {
     std::memcpy(p, x.v, sizeof x.v);
+}
+PYEFF_LANE U16 load_i8(const uint8_t* p) {
+    U16 r;
+    for (int i = 0; i < LANES; ++i) r.v[i] = static_cast<uint32_t>(static_cast<int8_t>(p[i]));
+    return r;
+}
+PYEFF_LANE U16 max_of(U16 a, U16 b) {
+    for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+PYEFF_LANE F16 zero_where_zero(U16 k, F16 x) {
+    for (int i = 0; i < LANES; ++i) x.v[i] = k.v[i] == 0 ? 0.0f : x.v[i];
+    return x;
+}
+PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
+    for (int i = 0; i < LANES; ++i) {
+        p[i] = static_cast<uint8_t>(x.v[i]);
+        q[i] = static_cast<uint8_t>(y.v[i]);
+    }
+}
+PYEFF_LANE uint32_t max_of_lanes(U16 x) {
+    uint32_t largest = x.v[0];
+    for (int i = 1; i < LANES; ++i) largest = x.v[i] > largest ? x.v[i] : largest;
+    return largest;
 }
 PYEFF_LANE void store_u8(uint8_t* p, U16 x) {
     for (int i = 0; i < LANES; ++i) p[i] = static_cast<uint8_t>(x.v[i]);
@@ -255,6 +319,7 @@ PYEFF_LANE F16 float_of_uint(U16 x){
 // ------------------------------------------------------------------------------------------------ all levels
 PYEFF_LANE F16 broadcast(float x, F16 /*like*/) { return splat(x); }
 PYEFF_LANE U16 broadcast(uint32_t x, U16 /*like*/) { return splat(x); }
+PYEFF_LANE F16 float_of_int(U16 x) { return float_of_uint(x); }
 PYEFF_LANE F16 abs_of(F16 x) { return float_of_bits(bits_of(x) & splat(0x7fffffffu)); }
 
 PYEFF_LANE F16 load_bf16(const uint16_t* p) { return float_of_bits(load_u16(p) << 16); }

@@ -87,16 +87,17 @@ __global__ void __launch_bounds__(THREADS, 3)
     read(v_code, at_index<const uint8_t>(t.exp_avg_sq_code, at), whole, count);
     float* m_scale = at_index<float>(t.exp_avg_scale, at >> block_bits);
     float* v_scale = at_index<float>(t.exp_avg_sq_scale, at >> block_bits);
-    const float old_m_scale = count ? __ldca(m_scale) : 0.0f, old_v_scale = count ? __ldca(v_scale) : 0.0f;
+    const float by_m = count ? exp_avg_factor(__ldca(m_scale), s) : 0.0f;
+    const float by_v = count ? root_factor(__ldca(v_scale), s) : 0.0f;
 
     float m[OWN], root[OWN], largest_m = 0.0f, largest_root = 0.0f;
-    const float infinite = float_of_bits(0x7f800000u);
+    const float infinite = float_of_bits(BITS_OF_INFINITY);
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
         const AdamWLane<float> lane =
             adamw_update(to_float(p.elements[i]), to_float(g.elements[i]),
-                         decode_exp_avg(static_cast<uint32_t>(m_code.elements[i]), old_m_scale),
-                         decode_root(static_cast<uint32_t>(v_code.elements[i]), old_v_scale), s);
+                         decode_exp_avg(static_cast<uint32_t>(static_cast<int8_t>(m_code.elements[i])), by_m),
+                         decode_root(static_cast<uint32_t>(v_code.elements[i]), by_v), s);
         from_float(lane.p, p.elements[i]);
         m[i] = lane.m;
         root[i] = lane.root;
@@ -108,13 +109,13 @@ __global__ void __launch_bounds__(THREADS, 3)
 
     __shared__ float shared_m[WARPS], shared_root[WARPS];
     const int threads = (1 << block_bits) / OWN;
-    const float new_m_scale = exp_avg_scale(largest_of(largest_m, threads, shared_m));
-    const float new_v_scale = largest_of(largest_root, threads, shared_root);
-    const float m_inverse = inverse_of_scale(new_m_scale), v_inverse = inverse_of_scale(new_v_scale);
+    const float new_m_scale = exp_avg_scale(largest_of(largest_m, threads, shared_m), s);
+    const float new_v_scale = root_scale(largest_of(largest_root, threads, shared_root), s);
+    const float m_divisor = exp_avg_divisor(new_m_scale, s), v_divisor = root_divisor(new_v_scale, s);
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-        m_code.elements[i] = static_cast<uint8_t>(encode_exp_avg(m[i], m_inverse, 0u));
-        v_code.elements[i] = static_cast<uint8_t>(encode_root(root[i], v_inverse, 0u));
+        m_code.elements[i] = static_cast<uint8_t>(encode_exp_avg(clamped(m[i] * m_divisor, LARGEST_M), 0u));
+        v_code.elements[i] = static_cast<uint8_t>(encode_root(clamped(root[i] * v_divisor, 1.0f), 0u));
     }
     write(at_index<uint8_t>(t.exp_avg_code, at), m_code, whole, count);
     write(at_index<uint8_t>(t.exp_avg_sq_code, at), v_code, whole, count);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class AdamWStates:
         """The moments (m, v) of parameter `index` as fp32 tensors of its shape; v as the kernels read it."""
         code_m, code_v = self.exp_avg_code[index], self.exp_avg_sq_code[index]
         m = decode_exp_avg(to_blocks(code_m, self.block_size), self.exp_avg_scale[index])
-        root = decode_root(to_blocks(code_v, self.block_size), self.exp_avg_sq_scale[index])
+        root = decode_root(to_blocks(code_v, self.block_size), self.exp_avg_sq_scale[index] / 256)
         return from_blocks(m, code_m), from_blocks(root * root, code_v)
 
 
@@ -238,15 +239,7 @@ def _step(
     # The kernels read flat memory; what is not flat is copied, and a parameter copied back.
     flat_params = [p if p.is_contiguous() else p.contiguous() for p in params]
     flat_grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
-    numbers = (
-        scalars.decay,
-        scalars.one_minus_beta1,
-        scalars.beta2,
-        scalars.one_minus_beta2,
-        scalars.step_size,
-        scalars.root_factor,
-        scalars.eps,
-    )
+    numbers = dataclasses.astuple(scalars)
     if impl == "cpu":
         fields = [x for row in zip(flat_params, flat_grads, *states, strict=True) for x in _fields(*row)]
         extension().adamw8bit_step(fields, block_size, numbers, torch.get_num_threads())
@@ -306,7 +299,7 @@ def _launch(
 
 def _chunks(sizes: tuple[int, ...]) -> Tensor:
     """int32 [chunks, 2]: which tensor, and which chunk of it."""
-    counts = torch.tensor([-(-size // _CHUNK) for size in sizes])
+    counts = torch.tensor([-(-size // _CHUNK) for size in sizes], dtype=torch.int64)
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     index = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.stack([tensor, index], dim=1).to(torch.int32)

@@ -10,8 +10,8 @@ be shorter); each block of each moment has one fp32 scale. A step reads codes, c
 
 Both codes are made of the bits of a float, read as an integer: B(x) is a piecewise linear 2^23 (log2 x + 127).
 
-- m is a sign and k in 0..127: B(|m| / scale) = 4 B(k / 128) - 3 B(1), and k = 0 is zero. That is k^4 with straight
-  lines between powers of two: 28 binades below the largest magnitude.
+- m is k in -127..127, in two's complement: B(|m| / scale) = 4 B(|k| / 128) - 3 B(1), and k = 0 is zero. That is k^4
+  with straight lines between powers of two, and reaches 28 binades down.
 - sqrt(v) is k in 0..255: with t = (k + 1) / 256, sqrt(v) / scale is t in the top binade and falls four binades for
   each halving of t below it, 29 in all. No code is zero: a positive v never decodes to zero, so a step cannot become
   m / eps by rounding. A block whose v is all zero has scale 0.
@@ -22,6 +22,7 @@ docs/optimizer_states.md.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,14 +41,14 @@ _SMALLEST_SCALE = 2.0**-126  # below it 1 / scale overflows
 
 @dataclass(frozen=True)
 class AdamWScalars:
-    """The numbers one step shares among all elements; float64 rounded to float32 once, as the kernels do."""
+    """The numbers one step shares among all elements; rounded from float64 to float32 once, as the kernels do."""
 
     decay: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
+    exp_avg_in: float
+    exp_avg_out: float
+    root_in: float
+    root_out: float
     step_size: float
-    root_factor: float
     eps: float
 
     @classmethod
@@ -62,15 +63,21 @@ class AdamWScalars:
         beta1_power: float,
         beta2_power: float,
     ) -> AdamWScalars:
-        """From hyperparameters and beta^t, t counting the step about to be taken from 1."""
+        """From hyperparameters and beta^t, t counting the step about to be taken from 1.
+
+        The step works on M = m / (1 - beta1) and R = sqrt(v / (1 - beta2)), to which a gradient is added as it is.
+        What brings them back is applied to the scales of blocks, and the corrections for bias to lr and eps.
+        """
+        root_out = math.sqrt(1.0 - beta2)
+        correction = math.sqrt(1.0 - beta2_power) / root_out
         return cls(
             decay=_float32(1.0 - lr * weight_decay),
-            one_minus_beta1=_float32(1.0 - beta1),
-            beta2=_float32(beta2),
-            one_minus_beta2=_float32(1.0 - beta2),
-            step_size=_float32(lr / (1.0 - beta1_power)),
-            root_factor=_float32(1.0 / (1.0 - beta2_power) ** 0.5),
-            eps=_float32(eps),
+            exp_avg_in=_float32(beta1 / (1.0 - beta1)),
+            exp_avg_out=_float32(1.0 - beta1),
+            root_in=_float32(math.sqrt(beta2) / root_out),
+            root_out=_float32(root_out),
+            step_size=_float32(lr * correction * (1.0 - beta1) / (1.0 - beta1_power)),
+            eps=_float32(eps * correction),
         )
 
 
@@ -79,51 +86,48 @@ def _float32(x: float) -> float:
 
 
 def adamw_update(p: Tensor, g: Tensor, m: Tensor, root: Tensor, s: AdamWScalars) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamW step from p, g, m and sqrt(v), all of one shape and dtype; the new p, m and sqrt(v)."""
-    m = m + (g - m) * s.one_minus_beta1
+    """One AdamW step from p, g, beta1 M and sqrt(beta2) R, of one shape and dtype; the new p, M and R."""
+    m = m + g
     # torch's float32 sqrt may be off by a rounding; through float64 it is IEEE's.
-    root = ((root * root) * s.beta2 + (g * g) * s.one_minus_beta2).double().sqrt().to(root.dtype)
-    p = p * s.decay - (m * s.step_size) / (root * s.root_factor + s.eps)
+    root = (root * root + g * g).double().sqrt().to(root.dtype)
+    p = p * s.decay - (m * s.step_size) / (root + s.eps)
     return p, m, root
 
 
-def decode_exp_avg(code: Tensor, scale: Tensor) -> Tensor:
-    """First moments fp32 [blocks, block_size] of codes of that shape and scales [blocks]."""
-    u = code.to(torch.int32)
-    k = u & 127
-    magnitude = _from_bits(4 * _bits(k.float() / 128).long() - 3 * _ONE)
-    magnitude = torch.where(k == 0, 0.0, magnitude) * scale[:, None]
-    return torch.where(u >= 128, -magnitude, magnitude)
+def decode_exp_avg(code: Tensor, factor: Tensor) -> Tensor:
+    """m fp32 [blocks, block_size] of codes of that shape, times a factor [blocks] in which the scale is one."""
+    k = code.view(torch.int8).float()
+    quartic = _from_bits(4 * _bits(k.abs()).long() - (3 * _ONE + 28 * _BINADE))
+    magnitude = torch.where(k == 0, 0.0, quartic * factor[:, None])
+    return torch.where(k < 0, -magnitude, magnitude)
 
 
-def encode_exp_avg(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of first moments fp32 [blocks, block_size]."""
+def encode_exp_avg(m: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `out` times the values fp32 [blocks, block_size]."""
     largest = _largest_finite(m.abs())
-    scale = (largest * (1 / _float32(_LARGEST_M))).clamp_min(_SMALLEST_SCALE)
-    relative = m * (1.0 / scale)[:, None]
-    sign = torch.where(relative.signbit() & ~relative.isnan(), 128, 0)
-    magnitude = torch.where(relative.isnan(), _LARGEST_M, relative.abs().clamp_max(_LARGEST_M))
-    t = _from_bits((_bits(magnitude).long() + 3 * _ONE) >> 2)
-    k = (t + 65536.0).view(torch.int32) & 127  # adding 2^16 rounds t to nearest even 1/128
-    return (sign | k).to(torch.uint8), scale
+    scale = (largest * out * _float32(32 / 31)).clamp_min(_SMALLEST_SCALE)
+    relative = m * (torch.full_like(scale, out) / scale)[:, None]  # out / scale would be two roundings
+    relative = torch.where(relative.isnan(), _LARGEST_M, relative.clamp(-_LARGEST_M, _LARGEST_M))
+    t = _from_bits((_bits(relative.abs()).long() + 3 * _ONE) >> 2)
+    k = (t * 128).round() * relative.sign()
+    return k.to(torch.int8).view(torch.uint8), scale
 
 
-def decode_root(code: Tensor, scale: Tensor) -> Tensor:
-    """sqrt(v) fp32 [blocks, block_size] of codes of that shape and scales [blocks]."""
-    t = (code.to(torch.int32) + 1).float() / 256
-    quartic = _from_bits(4 * _bits(t).long() - (3 * _ONE - 3 * _BINADE))
-    return torch.minimum(t, quartic) * scale[:, None]
+def decode_root(code: Tensor, factor: Tensor) -> Tensor:
+    """256 sqrt(v) fp32 [blocks, block_size] of codes of that shape, times a factor [blocks] with the scale in it."""
+    t = code.float() + 1.0
+    quartic = _from_bits(4 * _bits(t).long() - (3 * _ONE + 21 * _BINADE))
+    return torch.minimum(t, quartic) * factor[:, None]
 
 
-def encode_root(root: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of sqrt(v) fp32 [blocks, block_size], root >= 0."""
-    scale = _largest_finite(root)
-    relative = root * (1.0 / scale.clamp_min(_SMALLEST_SCALE))[:, None]
+def encode_root(root: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `out` times the values fp32 [blocks, block_size], none of them negative."""
+    scale = _largest_finite(root) * out
+    relative = root * (torch.full_like(scale, out) / scale.clamp_min(_SMALLEST_SCALE))[:, None]
     relative = torch.where(relative.isnan(), 1.0, relative.clamp_max(1.0))
     quarter = _from_bits((_bits(relative).long() + (3 * _ONE - 3 * _BINADE)) >> 2)
     t = torch.maximum(relative, quarter).clamp_min(1 / 256)
-    code = (t + (32768.0 - 1 / 256)).view(torch.int32) & 255  # rounds t to nearest 1/256 and takes one off
-    return code.to(torch.uint8), scale
+    return (t * 256 - 1).round().to(torch.uint8), scale
 
 
 def adamw8bit_step(
@@ -143,8 +147,8 @@ def adamw8bit_step(
     ):
         if p.numel() == 0:
             continue
-        m = decode_exp_avg(to_blocks(code_m, block_size), scale_m)
-        root = decode_root(to_blocks(code_v, block_size), scale_v)
+        m = decode_exp_avg(to_blocks(code_m, block_size), scale_m * scalars.exp_avg_in)
+        root = decode_root(to_blocks(code_v, block_size), scale_v * scalars.root_in * (1 / 256))
         old = to_blocks(p.detach().float(), block_size)
         new, m, root = adamw_update(old, to_blocks(g.float(), block_size), m, root, scalars)
         # Padding decodes to positive v, which must not raise the scale of the last block.
@@ -152,8 +156,8 @@ def adamw8bit_step(
         m, root = m.where(inside, 0.0), root.where(inside, 0.0)
         p.copy_(from_blocks(new, p))
         for code, scale, (new_code, new_scale) in (
-            (code_m, scale_m, encode_exp_avg(m)),
-            (code_v, scale_v, encode_root(root)),
+            (code_m, scale_m, encode_exp_avg(m, scalars.exp_avg_out)),
+            (code_v, scale_v, encode_root(root, scalars.root_out)),
         ):
             code.copy_(from_blocks(new_code, code))
             scale.copy_(new_scale)
