@@ -37,6 +37,13 @@ PYEFF_LANE F exp_of(F x) {
     return exp_in_range(min_of(broadcast(EXP_HIGHEST, x), max_of(broadcast(EXP_LOWEST, x), x)));
 }
 
+// e^x for x <= 0, and 0 below EXP_LOWEST: the weight of a logit beside that of the largest. NaN stays NaN.
+template <class F>
+PYEFF_LANE F exp_of_nonpositive(F x) {
+    const F lowest = broadcast(EXP_LOWEST, x);
+    return select(x < lowest, broadcast(0.0f, x), exp_in_range(max_of(lowest, x)));
+}
+
 // tanh u and its derivative.
 template <class F>
 struct TanhOf {

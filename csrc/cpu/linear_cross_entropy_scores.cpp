@@ -63,12 +63,12 @@ struct Sums {
 
 template <bool CAPPED>
 PYEFF_LANE void add_to(Sums& sums, F16 z, F16 slope, F16 peak) {
-    // The clamp gives a logit of -inf a weight of 1e-38 beside the 1 of the peak, which rounds away.
-    const F16 t = max_of(splat(EXP_LOWEST), z - peak);
-    const F16 e = exp_in_range(t);
+    const F16 t = z - peak;
+    const F16 e = exp_of_nonpositive(t);
     sums.s1 = sums.s1 + e;
     sums.s2 = sums.s2 + e * e;
-    sums.zs1 = sums.zs1 + t * e;
+    // A logit of -inf adds 0, not the NaN of -inf * 0.
+    sums.zs1 = sums.zs1 + max_of(splat(EXP_LOWEST), t) * e;
     if (CAPPED) {
         const F16 de = slope * e;
         sums.sd2 = sums.sd2 + de * de;
@@ -92,8 +92,9 @@ Sums sums_of_row(const float* z, const float* slopes, float peak, int64_t n) {
 // The sums of two sets of logits relative to the larger of their peaks.
 void join(ScoreState& state, float peak, const Sums& sums) {
     const float top = max_of(peak, state.peak);
+    const float old_scale = exp_of_nonpositive(state.peak - top), new_scale = exp_of_nonpositive(peak - top);
+    // Where the scale is 0 the shift may be infinite; it must only stay finite.
     const float old_shift = max_of(EXP_LOWEST, state.peak - top), new_shift = max_of(EXP_LOWEST, peak - top);
-    const float old_scale = exp_in_range(old_shift), new_scale = exp_in_range(new_shift);
     const float s1 = sum_of(sums.s1);
     state.zs1 = old_scale * (state.zs1 + old_shift * state.s1) + new_scale * (sum_of(sums.zs1) + new_shift * s1);
     state.s1 = old_scale * state.s1 + new_scale * s1;

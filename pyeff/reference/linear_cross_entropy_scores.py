@@ -76,14 +76,15 @@ def _scores_of_block(
     total = e_y + rest
     log_total = torch.where(z_y >= best_other, torch.log1p(rest), torch.log(total))
     p_y, p_rest, p = e_y / total, rest / total, e / total
+    q = torch.where(rest > 0, e / rest, 0.0)  # the distribution over the others: p = p_rest q, whose squares underflow
 
     nll = log_total + (top - z_y)
     # Both terms are sums of non-negative numbers, so an entropy near zero keeps its digits.
     surprise = _times_where_positive(p, top - others).sum(1, keepdim=True) + _times_where_positive(p_y, top - z_y)
     entropy = log_total + surprise
-    el2n = torch.sqrt(p_rest**2 + (p**2).sum(1, keepdim=True))
+    el2n = p_rest * torch.sqrt(1 + (q**2).sum(1, keepdim=True))
     margin = z_y - best_other if vocabulary > 1 else torch.full_like(z_y, torch.nan)
-    pulled = torch.sqrt((p_rest * slope.gather(1, y)) ** 2 + ((p * slope) ** 2).sum(1, keepdim=True))
+    pulled = p_rest * torch.sqrt(slope.gather(1, y) ** 2 + ((q * slope) ** 2).sum(1, keepdim=True))
     head_grad_norm = torch.linalg.vector_norm(h, dim=1, keepdim=True) * pulled
 
     scores = torch.cat([nll, top + log_total, entropy, el2n, margin, p_y, head_grad_norm], dim=1)
