@@ -15,7 +15,6 @@ from timing import Timing, interleaved_until_steady
 
 import pyeff
 
-RESULTS = Path(__file__).parent / "results"
 # A target is missed for good beyond this multiple of it; up to there it is printed.
 FAILURE = 1.25
 
@@ -125,6 +124,15 @@ def _record(result: Result) -> dict[str, Any]:
 _REPORT = pytest.StashKey[list[tuple[str, Result]]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--keep-results",
+        metavar="DIR",
+        type=Path,
+        help="write the results that count to DIR/<device>.json; benchmarks/results feeds the tables of the documents",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_REPORT] = []
 
@@ -138,7 +146,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(node)
         for line in result.lines():
             terminalreporter.line(line)
-    terminalreporter.line(f"kept in {keep(report)}")
+    directory = config.getoption("--keep-results")
+    if directory:
+        terminalreporter.line(f"kept in {keep(report, directory)}")
 
 
 def device_name() -> str:
@@ -154,12 +164,12 @@ def device_name() -> str:
     return f"{model} {level} {torch.get_num_threads()} threads"
 
 
-def keep(report: list[tuple[str, Result]]) -> Path:
+def keep(report: list[tuple[str, Result]], directory: Path) -> Path:
     """Add the results that count to the device's file, over those of the same names."""
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
+    path = directory / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept |= {node: _record(result) for node, result in report if result.counts}
-    RESULTS.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".json.new")
     written.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     written.replace(path)

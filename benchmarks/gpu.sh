@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU session needs, in one command: build, prove, measure.
 #   bash benchmarks/gpu.sh OUT
-# OUT gets build.log, tests.log, benchmarks.json, benchmarks.log and summary.txt. A failing step does not stop the next:
+# OUT gets build.log, tests.log, benchmarks.log, <device>.json and summary.txt. A failing step does not stop the next:
 # what did work is worth having. The exit code is the number of failed steps. Nothing is downloaded.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT}" && cd "$1" && pwd)
@@ -28,7 +28,7 @@ step build build.log env PYEFF_BUILD_CUDA=1 python3 -m pip install --no-build-is
 step info info.log python3 -c 'import pyeff; print(pyeff.info())'
 step tests tests.log timeout 280 python3 -m pytest -m gpu -q --durations=10 -p no:cacheprovider
 step benchmarks benchmarks.log timeout 280 python3 -m pytest benchmarks --benchmark-only -q -s -p no:cacheprovider \
-    --benchmark-json="$out/benchmarks.json"
+    --keep-results="$out"
 tail -n 3 "$out/tests.log"
 tail -n 60 "$out/benchmarks.log"
 cat "$summary"
