@@ -14,7 +14,8 @@ moves. `combine_shares` joins the shares in a fixed order, in float64, and forms
 sums because that keeps 1 - p_y exact where p_y is near 1. No atomics: the same bits in every run.
 
 Cost: 2 N D V FLOPs. Traffic from memory: weight once for each GROUP token blocks, hidden once while those rows fit the
-L2 cache; 28 bytes a token and share in between.
+L2 cache; 28 bytes a token and share in between. A D or a row stride that is no multiple of 16 costs the 16-byte copies,
+and with them the pipeline.
 """
 
 from __future__ import annotations

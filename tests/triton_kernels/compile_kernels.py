@@ -31,23 +31,56 @@ TENSOR_CORE = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def linear_cross_entropy_scores(dtype: torch.dtype, *, features: int = 4096, softcapped: bool = False) -> None:
-    """A scoring pass of 8192 tokens over 131072 classes."""
+def linear_cross_entropy_scores(
+    dtype: torch.dtype, *, n: int = 8192, d: int = 4096, v: int = 131072, stride: int = 0, softcapped: bool = False
+) -> None:
+    """A scoring pass of n tokens over v classes; `stride` elements from one weight row to the next, if not d."""
     from pyeff.triton_kernels import linear_cross_entropy_scores as module
 
-    hidden = torch.empty(8192, features, dtype=dtype, device="meta")
-    weight = torch.empty(131072, features, dtype=dtype, device="meta")
-    targets = torch.empty(8192, dtype=torch.int64, device="meta")
-    options: dict[str, Any] = {"softcap": 30.0, "bias": torch.empty(131072, device="meta")} if softcapped else {}
+    hidden = torch.empty(n, d, dtype=dtype, device="meta")
+    weight = torch.empty_strided((v, d), (stride or d, 1), dtype=dtype, device="meta")
+    targets = torch.empty(n, dtype=torch.int64, device="meta")
+    options: dict[str, Any] = {"softcap": 30.0, "bias": torch.empty(v, device="meta")} if softcapped else {}
     module.linear_cross_entropy_scores(hidden, weight, targets, **options)
+
+
+def linear_grad(dtype: torch.dtype, *, features: int = 4096, referenced: bool = False) -> None:
+    """A weight gradient of 16384 tokens in 8 samples, with their norms."""
+    from pyeff.triton_kernels import linear_grad as module
+
+    inputs = torch.empty(16384, features, dtype=dtype, device="meta")
+    grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
+    reference = torch.empty(4096, features, dtype=dtype, device="meta") if referenced else None
+    module.linear_grad(inputs, grad_outputs, cu_seqlens, reference=reference)
+
+
+def gram_norms(dtype: torch.dtype, *, features: int = 4096) -> None:
+    """Norms of 8 samples of 2048 tokens."""
+    from pyeff.triton_kernels import gram_norms as module
+
+    inputs = torch.empty(16384, features, dtype=dtype, device="meta")
+    grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
+    module.gram_norms(inputs, grad_outputs, torch.arange(0, 16385, 2048))
 
 
 # One entry for every way in which a launcher specialises its kernels so that registers or the pipeline could change.
 CASES: dict[str, Callable[[], None]] = {
     "linear_cross_entropy_scores.bf16": partial(linear_cross_entropy_scores, torch.bfloat16),
     "linear_cross_entropy_scores.bf16_softcap": partial(linear_cross_entropy_scores, torch.bfloat16, softcapped=True),
-    "linear_cross_entropy_scores.fp16_ragged": partial(linear_cross_entropy_scores, torch.float16, features=1040),
+    "linear_cross_entropy_scores.fp16_ragged": partial(linear_cross_entropy_scores, torch.float16, d=1040),
+    "linear_cross_entropy_scores.wide_offsets": partial(linear_cross_entropy_scores, torch.bfloat16, stride=1 << 26),
+    # Triton makes a constant of every integer argument that is 1.
+    "linear_cross_entropy_scores.ones": partial(linear_cross_entropy_scores, torch.float16, n=1, d=1, v=1),
     "linear_cross_entropy_scores.fp32": partial(linear_cross_entropy_scores, torch.float32),
+    "linear_grad.bf16": partial(linear_grad, torch.bfloat16),
+    "linear_grad.bf16_reference": partial(linear_grad, torch.bfloat16, referenced=True),
+    "linear_grad.fp16_ragged": partial(linear_grad, torch.float16, features=1040),
+    "linear_grad.fp32": partial(linear_grad, torch.float32),
+    "linear_grad.fp32_reference": partial(linear_grad, torch.float32, referenced=True),
+    "gram_norms.bf16": partial(gram_norms, torch.bfloat16),
+    "gram_norms.fp16_ragged": partial(gram_norms, torch.float16, features=1040),
+    "gram_norms.fp32": partial(gram_norms, torch.float32),
 }
 
 

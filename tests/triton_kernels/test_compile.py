@@ -30,8 +30,19 @@ PRODUCTS = {
     "linear_cross_entropy_scores.bf16": {"reduce_logits": True},
     "linear_cross_entropy_scores.bf16_softcap": {"reduce_logits": True},
     "linear_cross_entropy_scores.fp16_ragged": {"reduce_logits": True},
+    "linear_cross_entropy_scores.wide_offsets": {"reduce_logits": True},
     "linear_cross_entropy_scores.fp32": {"reduce_logits": False},
+    "linear_grad.bf16": {"accumulate_samples": True},
+    "linear_grad.bf16_reference": {"accumulate_samples": True},
+    "linear_grad.fp16_ragged": {"accumulate_samples": True},
+    "linear_grad.fp32": {"accumulate_samples": False},
+    "linear_grad.fp32_reference": {"accumulate_samples": False},
+    "gram_norms.bf16": {"multiply_grams": True},
+    "gram_norms.fp16_ragged": {"multiply_grams": True},
+    "gram_norms.fp32": {"multiply_grams": False},
 }
+# Shapes too small to be fast; they must compile all the same.
+COMPILED_ONLY = ["linear_cross_entropy_scores.ones"]
 
 
 @functools.cache
@@ -39,21 +50,27 @@ def compiled(capability: int) -> dict[str, dict[str, dict[str, Any]]]:
     script = Path(__file__).with_name("compile_kernels.py")
     # 1 is the default until Triton 3.10 turns it off; set, so that all versions compile the same arithmetic.
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(script), str(capability), *PRODUCTS]
+    command = [sys.executable, str(script), str(capability), *PRODUCTS, *COMPILED_ONLY]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("case", PRODUCTS)
-def test_kernels_fit_the_processor(case: str, capability: int) -> None:
+@pytest.mark.parametrize("case", [*PRODUCTS, *COMPILED_ONLY])
+def test_kernels_fit_shared_memory(case: str, capability: int) -> None:
     shared_limit, _ = ARCHITECTURES[capability]
     kernels = compiled(capability)[case]
-    assert set(PRODUCTS[case]) <= set(kernels)
+    assert kernels, "nothing was launched"
     for name, facts in kernels.items():
-        assert facts["local_bytes"] == 0, f"{name} spills at {facts['registers']} registers"
         assert facts["shared_bytes"] <= shared_limit, name
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_kernels_keep_everything_in_registers(case: str, capability: int) -> None:
+    for name, facts in compiled(capability)[case].items():
+        assert facts["local_bytes"] == 0, f"{name} spills at {facts['registers']} registers"
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
