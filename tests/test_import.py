@@ -98,7 +98,7 @@ def test_layers_only_point_down() -> None:
         {"errors", "_extension"},
         {"triton_kernels", "reference"},
         {"ops"},
-        {"governor", "optim", "data", "selection"},
+        {"observation", "governor", "optim", "data", "selection"},
         {"scoring"},
         {"train"},
         {"cli"},

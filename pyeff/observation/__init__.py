@@ -1,0 +1,8 @@
+"""Watching a model's backward passes for what they say about single samples."""
+
+from __future__ import annotations
+
+from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
+from pyeff.observation.observer import Observation, UnobservableError, observe
+
+__all__ = ["NoiseScale", "NoiseScaleEstimate", "Observation", "UnobservableError", "estimate_noise_scale", "observe"]

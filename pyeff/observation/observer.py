@@ -1,0 +1,346 @@
+"""`pyeff.observe`: every sample's gradient norm, from the backward pass that computes the gradient."""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyeff.observation.experts import observe_experts
+from pyeff.observation.graph import grad_fns, unobserved_uses
+from pyeff.observation.interception import Interception
+from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
+from pyeff.observation.recording import Forward
+from pyeff.observation.rows import Batch, batch_of_call
+
+
+class UnobservableError(ValueError):
+    """Some parameters' gradients cannot be told apart by sample; the message names them and says why."""
+
+
+def observe(
+    model: nn.Module,
+    *,
+    norms: bool = True,
+    by_parameter: bool = False,
+    strict: bool = True,
+    noise_scale: NoiseScale | None = None,
+) -> Observation:
+    """Watch a model's backward passes for the norm of every sample's share of the gradient.
+
+    If L is the loss that is backpropagated and theta_s the parameters as sample s reads them, then
+
+        grad_norms[s] = |dL / dtheta_s|,   dL/dtheta = sum over s of dL / dtheta_s.
+
+    For a loss that is a mean over B samples, B * grad_norms are the norms of the samples' own gradients.
+
+    Samples are the indices of dimension 0 of the batch; in a packed batch what `segments`, the batch's `cu_seq_lens_q`
+    or, where no attention mask is passed, restarting `position_ids` part. Every activation of a watched layer must keep
+    them: samples first, or flattened tokens, sample after sample.
+
+    Watched is every parameter that requires a gradient when the context begins. Linear layers, transposed ones
+    (`Conv1D` of transformers), embeddings, positions shared by all samples, LayerNorm, RMSNorm, gains, offsets, biases,
+    stacked experts (transformers' experts interface) and an embedding tied to the head are observed, whatever module
+    uses them.
+
+    Args:
+        model: Its forward pass must run inside the context, and so must the backward pass. Activation checkpointing,
+            autocast, accumulation and `DistributedDataParallel` work; under the latter, norms are of the rank's samples
+            and its own loss.
+        norms: The per-sample norms; there is nothing else to watch for yet.
+        by_parameter: Offer squared norms for each parameter.
+        strict: Raise `UnobservableError` before the gradient is computed, listing what cannot be observed exactly. If
+            False, such parameters are left out of the norms and named in `unobserved`.
+        noise_scale: Takes in each context's estimate when the context ends without an error.
+
+    Returns:
+        A context manager and, inside and after it, the `Observation`.
+
+    Raises:
+        UnobservableError: On entering, for what is known to be unobservable; otherwise when the forward pass ends or
+            the backward pass begins, before any gradient is computed.
+        ValueError: For a model that is compiled or has nothing to train, or options that make no sense.
+
+    `param.grad` is that of the model alone up to the order of its sums. Cost: for a linear layer, one pass over its
+    weight gradient per sample at most, see `pyeff.ops.linear_grad`; elsewhere, sums that the plain backward pass forms
+    too. Memory: one number per sample and parameter, the workspace of one layer at a time, and for a tied embedding as
+    many fp32 numbers as one layer's activations.
+
+    >>> import torch, pyeff
+    >>> model = torch.nn.Linear(4, 2)
+    >>> x, y = torch.randn(3, 4), torch.randn(3, 2)
+    >>> with pyeff.observe(model) as seen:
+    ...     (model(x) - y).square().sum().backward()
+    >>> seen.grad_norms.shape
+    torch.Size([3])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not norms:
+        raise ValueError("norms=False leaves nothing to observe")
+    return Observation(model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale)
+
+
+class Observation:
+    """What `observe` has seen; also the context manager itself. Make it with `observe`."""
+
+    def __init__(self, model: nn.Module, *, by_parameter: bool, strict: bool, noise_scale: NoiseScale | None) -> None:
+        self.model, self._strict, self._smoothed = model, strict, noise_scale
+        self._by_parameter = by_parameter
+        self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
+        self.unobserved: dict[str, str] = {}
+        """Parameter name -> why its share is missing from the norms (only with `strict=False`)."""
+        self._forwards: list[Forward] = []
+        self._segments: Tensor | None = None
+        self._call_tensors: set[int] = set()
+        self._contributions: dict[str, int] = {}
+        self._settled = 0
+        self._had_gradient: bool | None = None
+        self._undo: list[Any] = []
+        self._state = "new"
+
+    # Results
+
+    @property
+    def grad_norms(self) -> Tensor:
+        """The norm of each sample's share of the gradient [samples], fp32, in the order the samples came.
+
+        Samples of several forward passes (gradient accumulation) follow each other. NaN or infinite gradients give NaN
+        or infinity for their own sample only. Raises `RuntimeError` before the first backward pass.
+        """
+        sums = [functools.reduce(torch.add, f.result().values(), self._zeros(f)) for f in self._finished()]
+        return torch.cat(sums).sqrt().float()
+
+    @property
+    def by_parameter(self) -> dict[str, Tensor]:
+        """Parameter name -> squared norms of the samples' shares [samples], fp32.
+
+        Raises `RuntimeError` unless `observe(..., by_parameter=True)` asked for it.
+        """
+        if not self._by_parameter:
+            raise RuntimeError("squared norms by parameter are kept with observe(model, by_parameter=True)")
+        results = [(f.result(), self._zeros(f)) for f in self._finished()]
+        names = [name for name, _ in self.parameters.values() if name not in self.unobserved]
+        return {name: torch.cat([result.get(name, zeros) for result, zeros in results]).float() for name in names}
+
+    @property
+    def noise_scale(self) -> NoiseScaleEstimate:
+        """B_simple from the samples' norms and the gradient they add up to.
+
+        Reads `param.grad` of the observed parameters, so ask before it is clipped or cleared. Under
+        `DistributedDataParallel` the ranks' samples count together, and all ranks must ask. Cost: one pass over the
+        gradient. Raises `ValueError` when a gradient was there before the first observed backward pass, or for fewer
+        than two samples.
+        """
+        norms_sq = self.grad_norms.double().square()
+        if self._had_gradient:
+            raise ValueError(
+                "parameters held a gradient before the first observed backward pass, so that the samples' shares do "
+                "not add up to it: call zero_grad(set_to_none=True) before"
+            )
+        gradients = [
+            p.grad for name, p in self.parameters.values() if p.grad is not None and name not in self.unobserved
+        ]
+        total = torch.zeros((), dtype=torch.float64, device=norms_sq.device)
+        for gradient in gradients:
+            total += torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype)).double().square().to(total.device)
+        sums = torch.stack([norms_sq.sum(), torch.tensor(float(norms_sq.numel()), device=norms_sq.device).double()])
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            # The gradient is the mean over ranks, and a sample's share of it that much smaller.
+            torch.distributed.all_reduce(sums, group=self.model.process_group)
+            sums[0] /= self.model.process_group.size() ** 2
+        return estimate_noise_scale(float(sums[0]), float(total), int(sums[1]))
+
+    def segments(self, cu_seqlens: Tensor) -> None:
+        """Say where the samples of the next forward pass lie among its tokens: borders [samples + 1], int32.
+
+        They are checked against the batch when it comes: `ValueError` unless they rise from 0 to its tokens.
+        """
+        self._segments = cu_seqlens
+
+    # The context
+
+    def __enter__(self) -> Observation:
+        if self._state != "new":
+            raise RuntimeError("an observation can be entered once: call observe(model) again")
+        self.parameters = {id(p): (n, p) for n, p in self.model.named_parameters() if p.requires_grad}
+        _refuse_compiled(self.model)
+        if not self.parameters:
+            raise ValueError("the model has no parameter that requires a gradient: there is nothing to observe")
+        for name, reason in _known_unobservable(self.model, self.parameters).items():
+            self.refuse(name, reason)
+        self.raise_if_refused()
+        self._state = "open"
+        try:
+            self._install()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None and self._smoothed is not None and any(f.began_backward for f in self._forwards):
+            self._smoothed.update(self.noise_scale)
+
+    def _install(self) -> None:
+        before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._undo.append(before.remove)
+        self._undo.append(self.model.register_forward_hook(self._after_forward).remove)
+        for name, parameter in self.parameters.values():
+            self._undo.append(parameter.register_hook(functools.partial(self._on_gradient, name, [0])).remove)
+        self._undo += observe_experts(self)
+        self.mode = Interception(self)
+        self.mode.__enter__()
+        self._undo.append(functools.partial(self.mode.__exit__, None, None, None))
+
+    def _restore(self) -> None:
+        self._state = "closed"
+        while self._undo:
+            self._undo.pop()()
+
+    # What happens in a step
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        segments, self._segments = self._segments, None
+        batch = batch_of_call(module, args, kwargs, segments)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self._call_tensors = {t.data_ptr() for t in tensors}
+        self._begin(batch)
+
+    def _begin(self, batch: Batch) -> None:
+        self._forwards.append(Forward(batch, self))
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.raise_if_refused()
+
+    def current_forward(self) -> Forward:
+        """The forward pass that a layer called now belongs to."""
+        if not self._forwards:
+            raise RuntimeError("a watched parameter is used before the observed model was called: its batch is unknown")
+        if torch._C._current_graph_task_id() != -1:
+            self.require_one_pending()
+        return self._forwards[-1]
+
+    def pending_forwards(self) -> list[Forward]:
+        """The forward passes that may still get their backward pass, newest first."""
+        return self._forwards[self._settled :][::-1]
+
+    def require_one_pending(self) -> None:
+        """Raise `RuntimeError` if a forward pass repeated by the backward pass could be one of several."""
+        if len(self._forwards) - self._settled > 1:
+            raise RuntimeError(
+                f"{len(self._forwards) - self._settled} forward passes wait for their backward pass, and a re-entrant "
+                "checkpoint does not say which of them it repeats: set use_reentrant=False or call backward() after each"
+            )
+
+    def in_batch(self, t: Tensor) -> bool:
+        """Whether a tensor is one of those the model was called with."""
+        return t.data_ptr() in self._call_tensors
+
+    def before_backward(self, roots: Any) -> None:
+        """Look for uses that no layer observes, before any gradient is computed."""
+        if torch._C._current_graph_task_id() == -1:
+            if self._had_gradient is None:
+                self._had_gradient = any(p.grad is not None for _, p in self.parameters.values())
+            self._settle()
+        for name, reason in unobserved_uses(grad_fns(roots), self.parameters).items():
+            self.refuse(name, reason)
+        self.raise_if_refused()
+
+    def _settle(self) -> None:
+        # Forward passes up to the newest that an earlier backward pass has reached wait no longer.
+        for index in range(self._settled, len(self._forwards)):
+            if self._forwards[index].began_backward:
+                self._settled = index + 1
+
+    def _on_gradient(self, name: str, known: list[int], gradient: Tensor) -> None:
+        # A gradient has come. Did an observed layer note anything about it?
+        count = self._contributions.get(name, 0)
+        if count == known[0]:
+            self.refuse(name, "its gradient came from something that is not observed", now=True)
+        known[0] = count
+
+    def count_contribution(self, name: str) -> None:
+        """Note that a layer has measured its share of a parameter's gradient."""
+        self._contributions[name] = self._contributions.get(name, 0) + 1
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the context is active."""
+        return self._state == "open"
+
+    def refuse(self, name: str, reason: str, *, now: bool = False) -> None:
+        """Leave a parameter out; with `strict` that is an error, raised at once or when the listing is complete."""
+        self.unobserved.setdefault(name, reason)
+        if now or torch._C._current_graph_task_id() != -1:
+            self.raise_if_refused()
+
+    def raise_if_refused(self) -> None:
+        """Raise `UnobservableError` when `strict` and something was refused."""
+        if self._strict and self.unobserved:
+            listing = "\n".join(f"  {name}: {reason}" for name, reason in self.unobserved.items())
+            raise UnobservableError(
+                f"these parameters cannot be observed exactly (strict=False leaves them out):\n{listing}"
+            )
+
+    def _finished(self) -> list[Forward]:
+        forwards = [f for f in self._forwards if f.began_backward]
+        if not forwards:
+            raise RuntimeError("no backward pass has been observed yet")
+        return forwards
+
+    def _zeros(self, forward: Forward) -> Tensor:
+        device = next((t.device for t in forward.result().values()), torch.device("cpu"))
+        return torch.zeros(forward.batch.samples, device=device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        compiled = (
+            getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+        )
+        if compiled or isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"module {name or '(the model itself)'!r} is compiled, and compiled code cannot be observed: observe "
+                "the model before torch.compile, or train it uncompiled"
+            )
+
+
+def _known_unobservable(model: nn.Module, parameters: dict[int, tuple[str, nn.Parameter]]) -> dict[str, str]:
+    found = {}
+    for name, parameter in parameters.values():
+        if type(parameter) is not nn.Parameter:
+            found[name] = f"it is a {type(parameter).__name__}, not a plain parameter"
+        elif parameter.is_sparse or not parameter.is_floating_point():
+            found[name] = f"its layout or type, {parameter.layout} of {parameter.dtype}, has no dense real gradient"
+    for module in model.modules():
+        reason = None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            reason = "batch normalisation mixes the samples"
+        elif isinstance(module, nn.RNNBase):
+            reason = f"{type(module).__name__} does not show its steps"
+        elif isinstance(module, nn.MultiheadAttention | nn.Bilinear):
+            reason = f"{type(module).__name__} is not observed"
+        elif isinstance(module, nn.Embedding) and (
+            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        ):
+            reason = "an embedding with max_norm, scale_grad_by_freq or sparse gradients is not observed"
+        elif isinstance(module, nn.EmbeddingBag):
+            reason = "EmbeddingBag is not observed"
+        if reason is not None:
+            for parameter in module.parameters():
+                if id(parameter) in parameters:
+                    found[parameters[id(parameter)][0]] = reason
+    return found

@@ -1,0 +1,152 @@
+"""What the layers of one forward pass note about its samples while its gradient is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from pyeff.observation.rows import Batch, Rows
+
+if TYPE_CHECKING:
+    from pyeff.observation.observer import Observation
+
+# A tied head reads this many bytes of its logits' gradient at a time.
+_PIECE_BYTES = 32 << 20
+
+Kind = Literal["linear", "embedding", "vector"]
+
+
+class Use:
+    """One use of a parameter in a forward pass, and where its squared norms go.
+
+    `scale` is the derivative of the tensor the layer was given by the parameter (1 for the parameter itself);
+    `transposed` says that the layer was given the transposed parameter.
+    """
+
+    __slots__ = ("_head_rows", "done", "forward", "ids", "kind", "name", "rows", "scale", "size", "transposed")
+
+    def __init__(
+        self, forward: Forward, name: str, kind: Kind, rows: Rows, scale: float, size: int, transposed: bool
+    ) -> None:
+        self.forward, self.name, self.kind, self.rows, self.scale = forward, name, kind, rows, scale
+        self.size, self.transposed = size, transposed
+        self.ids: Tensor | None = None
+        self.done = False
+        self._head_rows: Tensor | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether anybody still wants this use's norms."""
+        observation = self.forward.observation
+        return observation.is_open and self.name not in observation.unobserved
+
+    def add_norms_sq(self, norms_sq: Tensor) -> None:
+        """Note the squared norms [S] of the gradient of what the layer was given."""
+        self._begin()
+        self.forward.add(self.name, norms_sq * self.scale**2)
+
+    def add_vectors(self, gradients: Tensor) -> None:
+        """Note the per-sample gradients [S, n] of a vector."""
+        self._begin()
+        gradients = gradients * self.scale
+        if len(self.forward.uses[self.name]) == 1:
+            self.forward.add(self.name, gradients.square().sum(1))
+        else:
+            # The gradients of several uses add up before they are squared.
+            partial = self.forward.partials.get(self.name)
+            self.forward.partials[self.name] = gradients if partial is None else partial + gradients
+
+    def _begin(self) -> None:
+        if self.done:
+            self.forward.observation.refuse(self.name, "the gradient of one forward pass was computed twice", now=True)
+        self.done = True
+        self.forward.contributed(self.name)
+        if self not in self.forward.uses.setdefault(self.name, []):
+            # A re-entrant checkpoint of an unknown make, which ran the forward pass anew inside the backward pass.
+            self.forward.observation.require_one_pending()
+            self.forward.register(self)
+
+    def add_product(self, inputs: Tensor, outputs: Tensor) -> None:
+        """For a head whose weight is also the embedding: keep what the cross term of both needs.
+
+        With E_t the embedding's gradient at token t and H = outputs^T inputs the head's, <H, E> = sum_t H[id_t] . E_t:
+        the rows id_t of H are kept, as many numbers as the embedding has outputs. Cost 2 T^2 D FLOPs a sample.
+        """
+        embedding = self.forward.partner(self)
+        if embedding is None:
+            return
+        if embedding.done or embedding.ids is None:
+            self.forward.observation.refuse(self.name, "its embedding's gradient came before its head's", now=True)
+            return
+        if self.transposed:
+            inputs, outputs = outputs, inputs
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        ids = embedding.ids
+        kept = torch.empty(ids.shape[0], inputs.shape[1], dtype=dtype, device=inputs.device)
+        for head, tokens in zip(self.rows.spans(), embedding.rows.spans(), strict=True):
+            length = max(1, head.stop - head.start)
+            step = max(1, _PIECE_BYTES // (length * dtype.itemsize))
+            x = inputs[head].to(dtype)
+            for begin in range(tokens.start, tokens.stop, step):
+                piece = slice(begin, min(begin + step, tokens.stop))
+                kept[piece] = outputs[head].index_select(1, ids[piece]).to(dtype).t() @ x
+        embedding._head_rows = kept * (self.scale * embedding.scale)
+
+    def add_cross_term(self, gradients: Tensor, padding_idx: int) -> None:
+        """Note the cross term with the head, from the embedding's own output gradients [N, D]."""
+        kept, self._head_rows = self._head_rows, None
+        if kept is None or self.ids is None:
+            return
+        products = (kept * gradients).sum(1, keepdim=True)
+        if padding_idx >= 0:
+            products.masked_fill_((self.ids == padding_idx).unsqueeze(1), 0.0)
+        self.forward.add(self.name, 2.0 * self.rows.sum_by_sample(products).squeeze(1))
+
+
+class Forward:
+    """One forward pass: its samples, the uses of each parameter in it, and the squared norms noted so far."""
+
+    def __init__(self, batch: Batch, observation: Observation) -> None:
+        self.batch, self.observation = batch, observation
+        self.uses: dict[str, list[Use]] = {}
+        self.partials: dict[str, Tensor] = {}
+        self.norms_sq: dict[str, Tensor] = {}
+        self.began_backward = False
+
+    def contributed(self, name: str) -> None:
+        """Note that the backward pass of this forward pass has reached a parameter."""
+        self.began_backward = True
+        self.observation.count_contribution(name)
+
+    def register(self, use: Use) -> None:
+        """Add a use, and refuse the parameter when the norms of all its uses cannot be combined."""
+        uses = self.uses.setdefault(use.name, [])
+        late = any(earlier.done for earlier in uses)
+        uses.append(use)
+        if len(uses) == 1:
+            return
+        kinds = sorted(u.kind for u in uses)
+        vectors = set(kinds) == {"vector"} and len({u.size for u in uses}) == 1 and use.size > 0
+        if late or not (vectors or kinds == ["embedding", "linear"]):
+            self.observation.refuse(
+                use.name, f"it is used {len(uses)} times in one forward pass ({', '.join(kinds)})", now=late
+            )
+
+    def partner(self, use: Use) -> Use | None:
+        """The embedding that shares a head's weight."""
+        return next((u for u in self.uses[use.name] if u is not use and u.kind == "embedding"), None)
+
+    def add(self, name: str, norms_sq: Tensor) -> None:
+        """Add to the squared norms [S] of a parameter."""
+        norms_sq = norms_sq.to(torch.promote_types(norms_sq.dtype, torch.float32))
+        known = self.norms_sq.get(name)
+        self.norms_sq[name] = norms_sq if known is None else known + norms_sq
+
+    def result(self) -> dict[str, Tensor]:
+        """The squared norms [S] by parameter; rounding in a cross term cannot make them negative."""
+        left_out = self.observation.unobserved
+        result = {name: norms_sq.clamp(min=0.0) for name, norms_sq in self.norms_sq.items() if name not in left_out}
+        result |= {name: sums.square().sum(1) for name, sums in self.partials.items() if name not in left_out}
+        return result
