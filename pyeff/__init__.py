@@ -16,35 +16,56 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
     from pyeff.errors import UserError
+    from pyeff.observation import NoiseScale, NoiseScaleEstimate, Observation, UnobservableError, observe
     from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
+    from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
+    from pyeff.ops.linear_grad import LinearGrad, linear_grad
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Importing pyeff must cost nothing, so each is imported at first use.
 _HOME = {
     "AdamWStates": "pyeff.ops",
+    "LinearGrad": "pyeff.ops",
+    "NoiseScale": "pyeff.observation",
+    "NoiseScaleEstimate": "pyeff.observation",
+    "Observation": "pyeff.observation",
     "TokenScores": "pyeff.ops",
+    "UnobservableError": "pyeff.observation",
     "adamw8bit_step": "pyeff.ops",
+    "gram_is_cheaper": "pyeff.ops",
+    "gram_norms": "pyeff.ops",
     "linear_cross_entropy_scores": "pyeff.ops",
+    "linear_grad": "pyeff.ops",
+    "observe": "pyeff.observation",
     "Explanation": "pyeff._info",
     "Info": "pyeff._info",
     "explain": "pyeff._info",
     "info": "pyeff._info",
     "UserError": "pyeff.errors",
 }
-_SUBPACKAGES = ("data", "governor", "ops", "optim", "reference", "scoring", "selection", "train")
+_SUBPACKAGES = ("data", "governor", "observation", "ops", "optim", "reference", "scoring", "selection", "train")
 
 __all__ = [
     "AdamWStates",
     "Explanation",
     "Info",
+    "LinearGrad",
+    "NoiseScale",
+    "NoiseScaleEstimate",
+    "Observation",
     "TokenScores",
+    "UnobservableError",
     "UserError",
     "adamw8bit_step",
     "explain",
+    "gram_is_cheaper",
+    "gram_norms",
     "info",
     "linear_cross_entropy_scores",
+    "linear_grad",
+    "observe",
 ]
 
 

@@ -1,0 +1,242 @@
+"""Weight gradient of a linear layer with every sample's squared norm, in one pass over the tokens.
+
+For inputs A [N, D], output gradients G [N, P] and packed samples s, whose gradients are D_s = G_s^T A_s:
+
+    weight_grad [P, D] = sum_s D_s,   norms_sq [S] = || D_s ||_F^2,   dots [S] = <D_s, R> for a reference R [P, D].
+
+Two launches. `accumulate_samples`: a program owns a tile [BM, BN] of the gradient, loops over the samples and, within
+one, over its tokens. At a sample's end its tile is complete in registers: `meet_sample` takes from it what is asked,
+and it joins the running total. A gradient of one sample never reaches memory; a number for each (tile, sample) does.
+`sum_tiles` adds those in a fixed order, in float64. No atomics: the same bits in every run.
+
+The loops are nested because a flat loop over all tokens with a test for the sample's end is not pipelined.
+
+Cost: 2 N D P FLOPs as for the gradient alone, and about 3 S D P of vector arithmetic. Traffic from memory: as for the
+gradient, R once a sample from the L2 cache, and 8 bytes a (tile, sample). Gray et al. 2024, arXiv:2411.00999, for norms
+formed beside the gradient at no more FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import capability_of, on_device_of
+
+# Tiles that share their columns of G run side by side in groups of this many rows, so that the tokens a wave of
+# programs reads are near a square and stay in the L2 cache.
+GROUP = tl.constexpr(8)
+# Bytes for the numbers of (tile, sample); where they do not suffice the tiles go in several launches, of no fewer than
+# would fill a GPU once.
+WORKSPACE, LEAST_TILES = 32 << 20, 160
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch choices of `accumulate_samples`."""
+
+    bm: int
+    bn: int
+    bk: int
+    num_warps: int
+    num_stages: int
+
+
+def pick_config(dtype: torch.dtype, dots: bool, capability: tuple[int, int]) -> Config:
+    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet."""
+    if dtype == torch.float32:
+        # Exact float32 products run on the plain cores and keep both operands in registers: a reference as large as the
+        # accumulators spills 8 to 328 bytes.
+        return Config(64, 32 if dots else 64, 32, 8 if dots else 4, 3)
+    # Two accumulators, of the sample and of all: 198 to 234 registers on eight warps. Four warps, or 256 columns, spill
+    # 190 to 560 bytes, and 128 columns of a reference beside them 16 to 40.
+    bn = 64 if dots else 128
+    if capability[0] in (9, 10):
+        # Four stages take 128 KB of shared memory, which a lone program has.
+        return Config(128, bn, 64, 8, 4)
+    # A k of 32 keeps four stages under the 100 KB that sm_86, sm_89 and sm_120 have, and mma.sync its registers.
+    return Config(128, bn, 32, 8, 4)
+
+
+@triton.jit
+def meet_sample(b_grad, b_reference, p_partials, s_dots, HAS_NORMS: tl.constexpr, HAS_DOTS: tl.constexpr):
+    """All that is taken from one sample's finished tile [BM, BN] while it is in registers; a sketch would go here."""
+    if HAS_NORMS:
+        tl.store(p_partials, tl.sum(b_grad * b_grad))
+    if HAS_DOTS:
+        tl.store(p_partials + s_dots, tl.sum(b_grad * b_reference))
+
+
+@triton.jit
+def accumulate_samples(
+    p_inputs,
+    p_grads,
+    p_cu_seqlens,
+    p_reference,
+    p_total,
+    p_partials,
+    S,
+    D,
+    P,
+    first_tile,
+    tiles,
+    s_an,
+    s_ad,
+    s_gn,
+    s_gp,
+    s_rp,
+    s_rd,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    HAS_DOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Within a group the row of tiles runs fastest, then the column.
+    i = first_tile + tl.program_id(0)
+    i_group = i // (GROUP * tl.cdiv(D, BN))
+    group_size = tl.minimum(tl.cdiv(P, BM) - i_group * GROUP, GROUP)
+    i_m = i_group * GROUP + (i % (GROUP * tl.cdiv(D, BN))) % group_size
+    i_n = (i % (GROUP * tl.cdiv(D, BN))) // group_size
+
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    m_m = o_m < P
+    m_n = o_n < D
+    # A tile is addressed by a 64-bit base and offsets within it, which OFFSET makes as wide as the strides need.
+    r_m = tl.arange(0, BM).to(OFFSET)
+    r_n = tl.arange(0, BN).to(OFFSET)
+    r_k = o_k.to(OFFSET)
+    o_g = r_m[:, None] * s_gp + r_k[None, :] * s_gn  # [BM, BK]
+    o_a = r_k[:, None] * s_an + r_n[None, :] * s_ad  # [BK, BN]
+    p_g_first = p_grads + (i_m * BM).to(tl.int64) * s_gp
+    p_a_first = p_inputs + (i_n * BN).to(tl.int64) * s_ad
+    if HAS_DOTS:
+        o_r = o_m.to(tl.int64)[:, None] * s_rp + o_n.to(tl.int64)[None, :] * s_rd
+
+    # partials: [1 or 2, S, tiles]
+    p_partial = p_partials + tl.program_id(0)
+    s_dots = tl.full([], S, tl.int64) * tiles if HAS_NORMS else 0
+    b_total = tl.zeros([BM, BN], tl.float32)
+    for i_s in range(0, S):
+        start = tl.load(p_cu_seqlens + i_s).to(tl.int64)
+        length = (tl.load(p_cu_seqlens + i_s + 1).to(tl.int64) - start).to(tl.int32)
+        p_g = p_g_first + start * s_gn
+        p_a = p_a_first + start * s_an
+        b_grad = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, tl.cdiv(length, BK)):
+            m_k = o_k < length - k * BK
+            if EVEN:
+                b_g = tl.load(p_g + o_g, mask=m_k[None, :], other=0.0)  # [BM, BK]
+                b_a = tl.load(p_a + o_a, mask=m_k[:, None], other=0.0)  # [BK, BN]
+            else:
+                b_g = tl.load(p_g + o_g, mask=m_m[:, None] & m_k[None, :], other=0.0)
+                b_a = tl.load(p_a + o_a, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            b_grad = tl.dot(b_g, b_a, b_grad, input_precision=PRECISION)
+            p_g += tl.full([], BK, tl.int64) * s_gn
+            p_a += tl.full([], BK, tl.int64) * s_an
+        b_reference = b_grad
+        if HAS_DOTS:
+            b_reference = tl.load(p_reference + o_r, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        meet_sample(b_grad, b_reference, p_partial, s_dots, HAS_NORMS, HAS_DOTS)
+        if HAS_TOTAL:
+            b_total += b_grad
+        p_partial += tiles
+    if HAS_TOTAL:
+        # total: [P, D]
+        p_t = p_total + o_m.to(tl.int64)[:, None] * D + o_n[None, :]
+        tl.store(p_t, b_total.to(p_total.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def sum_tiles(p_partials, p_sums, tiles, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[i] = sum over tiles of partials [rows, tiles], added to what is there if ADD."""
+    i = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float64)
+    for j in range(0, tl.cdiv(tiles, BLOCK)):
+        m = j * BLOCK + o < tiles
+        b_sum += tl.load(p_partials + i * tiles + j * BLOCK + o, mask=m, other=0.0).to(tl.float64)
+    whole = tl.sum(b_sum, 0)
+    if ADD:
+        whole += tl.load(p_sums + i).to(tl.float64)
+    tl.store(p_sums + i, whole.to(tl.float32))
+
+
+def offset_type(config: Config, inputs: torch.Tensor, grads: torch.Tensor) -> tl.dtype:
+    """The integer that holds the offsets within a tile."""
+    spans = (
+        config.bk * inputs.stride(0) + config.bn * inputs.stride(1),
+        config.bk * grads.stride(0) + config.bm * grads.stride(1),
+    )
+    return tl.int32 if max(spans) < 2**31 else tl.int64
+
+
+def linear_grad(
+    inputs: torch.Tensor,
+    grad_outputs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    weight_grad: bool = True,
+    norms: bool = True,
+    reference: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight_grad [P, D] in the dtype of `inputs`, norms_sq [S] and dots [S] in float32; [0] where not asked for.
+
+    `inputs` [N, D] and `grad_outputs` [N, P] in one dtype, `cu_seqlens` [S+1] int32 or int64. float32 products are
+    exact unless torch.backends.cuda.matmul.allow_tf32. Beside the result: 32 MiB, or 1280 bytes a sample if more.
+    """
+    (d, p), samples = (inputs.shape[1], grad_outputs.shape[1]), cu_seqlens.numel() - 1
+    wanted = norms + (reference is not None)
+    total = torch.empty((p, d) if weight_grad else 0, dtype=inputs.dtype, device=inputs.device)
+    sums = torch.empty((wanted, samples), dtype=torch.float32, device=inputs.device)
+    config = config or pick_config(inputs.dtype, reference is not None, capability_of(inputs))
+    tiles = triton.cdiv(p, config.bm) * triton.cdiv(d, config.bn)
+    step = min(tiles, max(LEAST_TILES, WORKSPACE // max(1, 4 * wanted * samples)))
+    partials = torch.empty(wanted * samples * step, dtype=torch.float32, device=inputs.device)
+    if tiles == 0:
+        sums.zero_()
+    with on_device_of(inputs):
+        for first in range(0, tiles, max(1, step)):
+            count = min(step, tiles - first)
+            accumulate_samples[(count,)](
+                inputs,
+                grad_outputs,
+                cu_seqlens.to(inputs.device),
+                reference,
+                total if weight_grad else None,
+                partials,
+                samples,
+                d,
+                p,
+                first,
+                count,
+                *inputs.stride(),
+                *grad_outputs.stride(),
+                *(reference.stride() if reference is not None else (0, 0)),
+                BM=config.bm,
+                BN=config.bn,
+                BK=config.bk,
+                OFFSET=offset_type(config, inputs, grad_outputs),
+                EVEN=p % config.bm == 0 and d % config.bn == 0,
+                HAS_TOTAL=weight_grad,
+                HAS_NORMS=norms,
+                HAS_DOTS=reference is not None,
+                PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+            if sums.numel():
+                sum_tiles[(sums.numel(),)](partials, sums, count, ADD=first > 0, BLOCK=SUM_BLOCK)
+    empty = sums.new_empty(0)
+    return total, sums[0] if norms else empty, sums[-1] if reference is not None else empty
