@@ -67,7 +67,7 @@ class OptimizerConfig(_Strict):
     """AdamW; ``states: 8bit`` keeps its moments in two bytes a parameter instead of eight."""
 
     states: Literal["8bit", "32bit"] = "8bit"
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=5e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
