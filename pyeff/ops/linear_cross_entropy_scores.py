@@ -177,7 +177,7 @@ def _on_cpu(
     scores = hidden.new_full((len(FIELDS), hidden.shape[0]), math.nan, dtype=torch.float32)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     scored = (targets != ignore_index).nonzero()[:, 0]
-    for rows in scored.split(max(1, _COPY_BYTES // (4 * max(1, hidden.shape[1])))):
+    for rows in scored.split(max(1, _COPY_BYTES // (4 * max(64, hidden.shape[1])))):
         h = hidden.index_select(0, rows).to(torch.float32)
         y = targets.index_select(0, rows).to(torch.int64)
         scores[:, rows] = _scores_by_tiles(h, weight, y, bias, softcap)
