@@ -113,7 +113,9 @@ def sample_of(batch: dict[str, Tensor], sample: int) -> dict[str, Tensor]:
 def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The summed cross entropy of a batch's labelled tokens, divided by a constant: a sum over samples."""
     labels = batch["labels"]
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    # With a cache, transformers would not keep packed samples from each other.
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, **({} if model.config.model_type == "bert" else {"use_cache": False})).logits
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum") / 16
 

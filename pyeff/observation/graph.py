@@ -10,23 +10,9 @@ from torch import Tensor, nn
 from pyeff.observation.layers import PARAMETER_INPUTS
 
 # Nodes that hand an observed layer's gradient on to the parameter: casts, transposes, shifts by a number and the like.
-_ALIASES = frozenset(
-    f"{name}Backward{number}"
-    for name in [
-        "ToCopy",
-        "T",
-        "Transpose",
-        "Add",
-        "Mul",
-        "Slice",
-        "Select",
-        "Unsqueeze",
-        "View",
-        "UnsafeView",
-        "Alias",
-    ]
-    for number in (0, 1)
-)
+_CASTS, _SHIFTS = ("ToCopy", "Alias"), ("Add", "Mul")
+_VIEWS = ("T", "Transpose", "Permute", "Slice", "Select", "Unsqueeze", "View", "UnsafeView")
+_ALIASES = frozenset(f"{name}Backward{number}" for name in (*_CASTS, *_SHIFTS, *_VIEWS) for number in (0, 1))
 
 
 def unobserved_uses(roots: Iterable[Any], parameters: Mapping[int, tuple[str, nn.Parameter]]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from pyeff.observation.convolution import ObservedConvolution, geometry_of
 from pyeff.observation.layers import (
     ObservedBroadcast,
     ObservedEmbedding,
@@ -316,6 +317,29 @@ def _norm(
     if w_use is None and b_use is None:
         return plain()
     return ObservedNorm.apply(x, w, b, tuple(shape), eps, center, w_use, b_use)
+
+
+@_handles(torch.conv1d, torch.conv2d)
+def _convolution(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    w_ref, b_ref = mode.ref(weight), mode.ref(bias)
+    geometry = geometry_of(weight, stride, padding, dilation, groups)
+    if (w_ref is None and b_ref is None) or geometry is None or input.ndim != weight.ndim:
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    w_use = mode.use(w_ref, "linear", input, 1, weight.numel())
+    b_use = mode.use(b_ref, "vector", input, 1, bias.numel()) if bias is not None else None
+    if w_use is None and b_use is None:
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    return ObservedConvolution.apply(input, weight, bias, func, geometry, w_use, b_use)
 
 
 @_handles(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as, Tensor.contiguous)

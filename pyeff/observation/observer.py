@@ -238,7 +238,8 @@ class Observation:
         if len(self._forwards) - self._settled > 1:
             raise RuntimeError(
                 f"{len(self._forwards) - self._settled} forward passes wait for their backward pass, and a re-entrant "
-                "checkpoint does not say which of them it repeats: set use_reentrant=False or call backward() after each"
+                "checkpoint does not say which of them it repeats: set use_reentrant=False, or call backward() after "
+                "each forward pass"
             )
 
     def in_batch(self, t: Tensor) -> bool:
@@ -308,10 +309,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        compiled = (
-            getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
-        )
-        if compiled or isinstance(module, torch.jit.ScriptModule):
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if getattr(module, "_compiled_call_impl", None) is not None or kinds & {"OptimizedModule", "ScriptModule"}:
             raise ValueError(
                 f"module {name or '(the model itself)'!r} is compiled, and compiled code cannot be observed: observe "
                 "the model before torch.compile, or train it uncompiled"
