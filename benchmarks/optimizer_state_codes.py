@@ -1,0 +1,244 @@
+"""Which 8-bit code should Adam's moments be stored in? A simulation that answers with two numbers.
+
+    python benchmarks/optimizer_state_codes.py            # a minute and a half on one core
+    python benchmarks/optimizer_state_codes.py --quick    # a few seconds, noisier
+
+Adam runs twice on the same gradients, once with fp32 moments and once with moments that are encoded and decoded
+after every step. Gradients are sigma_i (N(0, 1) + 0.1), with sigma_i lognormal inside a block of 256: the log's
+standard deviation, the *spread*, is 0, 1 or 2 (2 is what embeddings and rare tokens look like). At three fifths of
+the run all gradients fall to 0.3 of their size, as after a change of the learning rate or of the data. Counted after
+a fifth of the run:
+
+- error: ||u8 - u32|| / ||u32||, where u = m_hat / (sqrt(v_hat) + eps) is the update before the learning rate;
+- largest: max |u8|; in fp32 it is about 1.3 and cannot exceed (1 - beta1) / sqrt(1 - beta2) ~ 3.2 by much.
+
+Printed as a Markdown table, the one in docs/optimizer_states.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyeff.reference.adamw8bit_step import decode_exp_avg, decode_root, encode_exp_avg, encode_root
+
+BLOCK = 256
+SPREADS = (0.0, 1.0, 2.0)
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class Code:
+    """Encode-then-decode of values relative to their block's largest magnitude, so in [-1, 1]."""
+
+    name: str
+    round_trip: Callable[[Tensor], Tensor]
+    # What is stored of the second moment: "v" or "sqrt".
+    of: str = "sqrt"
+    block: int = BLOCK
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, self.block)
+        scale = rows.abs().amax(1, keepdim=True)
+        return (self.round_trip(rows / scale) * scale).view_as(x)
+
+
+def from_table(levels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Nearest of these levels."""
+    levels = levels.sort().values
+    middles = (levels[1:] + levels[:-1]) / 2
+    return lambda r: levels[torch.bucketize(r, middles)]
+
+
+def dynamic_levels(*, signed: bool, zero: bool) -> Tensor:
+    """The dynamic tree of Dettmers et al. (2022): in each decade half as many levels as in the one above."""
+    bits = 6 if signed else 7
+    levels = [1.0]
+    for decade in range(bits + 1):
+        edges = torch.linspace(0.1, 1.0, 2 ** (bits - decade) + 1, dtype=torch.float64)
+        levels += (((edges[1:] + edges[:-1]) / 2) * 10.0**-decade).tolist()
+    if signed:
+        levels += [-level for level in levels[1:]]
+    if zero:
+        levels.append(0.0)
+    return torch.tensor(levels, dtype=torch.float32)
+
+
+def float8_levels(dtype: torch.dtype, *, zero: bool) -> Tensor:
+    """All finite values of a float8 format relative to its largest; without signs and zero if not `zero`."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    values = values[values.isfinite()].unique()
+    values = values / values.max()
+    return values if zero else values[values > 0]
+
+
+def power(exponent: float, *, signed: bool) -> Callable[[Tensor], Tensor]:
+    """r = (k / 127)^exponent with a sign, or ((k + 1) / 256)^exponent, k rounded to nearest."""
+    if signed:
+        return lambda r: r.sign() * ((r.abs() ** (1 / exponent) * 127).round() / 127) ** exponent
+    return lambda r: ((r ** (1 / exponent) * 256).round().clamp_min(1) / 256) ** exponent
+
+
+def logarithmic(binades: float) -> Callable[[Tensor], Tensor]:
+    """256 levels evenly spaced in log2 r over this many binades, no zero."""
+    return lambda r: torch.exp2((r.clamp_min(2.0**-binades).log2() * (255 / binades)).round() * (binades / 255))
+
+
+def offset_float(offset: float, shift: int, *, signed: bool) -> Callable[[Tensor], Tensor]:
+    """The top bits of the float r K + offset: logarithmic far above the offset, linear below it.
+
+    Unsigned: cells are cut by a shift and decoded at their middle, so no code is zero. Signed: k = 0 is zero.
+    K makes the largest code decode to exactly 1.
+    """
+    base = torch.tensor(offset).view(torch.int32).item()
+    top, half = (127, 0) if signed else (255, 1 << (shift - 1))
+
+    def decode(k: Tensor) -> Tensor:
+        return ((k << shift) + (base + half)).view(torch.float32) - offset
+
+    factor = decode(torch.tensor(top, dtype=torch.int32)).item()
+
+    def round_trip(r: Tensor) -> Tensor:
+        bits = (r.abs() * factor + offset).view(torch.int32) - base
+        k = (bits + (1 << (shift - 1) if signed else 0)) >> shift
+        return r.sign() * decode(k.clamp_max(top)) / factor
+
+    return round_trip
+
+
+def bit_power(exponent: float) -> Callable[[Tensor], Tensor]:
+    """`power`, unsigned, with a float's own bits for log2: integer arithmetic both ways and no root."""
+    one, top = 0x3F800000, 0x3F800000 + (8 << 23)
+
+    def round_trip(r: Tensor) -> Tensor:
+        bits = r.clamp_min(1e-30).view(torch.int32).double()
+        k = ((bits - one) / exponent + top).to(torch.int32).view(torch.float32).round().clamp(1, 256)
+        return ((k.view(torch.int32).double() - top) * exponent + one).to(torch.int32).view(torch.float32)
+
+    return round_trip
+
+
+def shipped_exp_avg(r: Tensor) -> Tensor:
+    """What pyeff stores of m."""
+    return decode_exp_avg(*encode_exp_avg(r))
+
+
+def shipped_root(r: Tensor) -> Tensor:
+    """What pyeff stores of sqrt(v)."""
+    code, scale = encode_root(r)
+    return decode_root(code, scale / 256)
+
+
+def exact(r: Tensor) -> Tensor:
+    """No rounding."""
+    return r
+
+
+FP32 = Code("fp32", exact)
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SHIPPED_M = Code("**quartic in bits**", shipped_exp_avg)
+SHIPPED_V = Code("**sqrt v, linear then quartic in bits**", shipped_root)
+DYNAMIC_M = Code("dynamic tree", from_table(dynamic_levels(signed=True, zero=True)))
+DYNAMIC_V = Code("v, dynamic tree with zero", from_table(dynamic_levels(signed=False, zero=True)), of="v")
+DYNAMIC_ROOT = Code("sqrt v, dynamic tree", from_table(dynamic_levels(signed=False, zero=False)))
+M_CODES = [
+    SHIPPED_M,
+    DYNAMIC_M,
+    Code("float8 e4m3", from_table(float8_levels(E4M3, zero=True))),
+    Code("linear", power(1, signed=True)),
+    Code("square", power(2, signed=True)),
+    Code("cube", power(3, signed=True)),
+    Code("offset 2^-4, 1/32 binade", offset_float(2.0**-4, 18, signed=True)),
+    Code("offset 2^-8, 1/16 binade", offset_float(2.0**-8, 19, signed=True)),
+]
+V_CODES = [
+    SHIPPED_V,
+    DYNAMIC_ROOT,
+    DYNAMIC_V,
+    Code("v, dynamic tree", from_table(dynamic_levels(signed=False, zero=False)), of="v"),
+    Code("v, float8 e4m3 with zero", from_table(float8_levels(E4M3, zero=True)), of="v"),
+    Code("sqrt v, float8 e5m2", from_table(float8_levels(E5M2, zero=False))),
+    Code("sqrt v, linear", power(1, signed=False)),
+    Code("sqrt v, square in bits", bit_power(2)),
+    Code("sqrt v, power 5/2 in bits", bit_power(2.5)),
+    Code("sqrt v, cube in bits", bit_power(3)),
+    Code("sqrt v, log, 12 binades", logarithmic(12)),
+    Code("sqrt v, log, 16 binades", logarithmic(16)),
+    Code("sqrt v, offset 2^-8, 1/32 binade", offset_float(2.0**-8, 18, signed=False)),
+]
+PAIRS = [
+    (SHIPPED_M, SHIPPED_V),
+    (DYNAMIC_M, DYNAMIC_V),
+    (DYNAMIC_M, DYNAMIC_ROOT),
+    *[(SHIPPED_M, v) for v in V_CODES if v.name.endswith("in bits")],
+    *[(m, FP32) for m in M_CODES],
+    *[(FP32, v) for v in V_CODES],
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Error and largest step for each of SPREADS."""
+
+    error: tuple[float, ...]
+    largest: tuple[float, ...]
+
+
+def simulate(pairs: list[tuple[Code, Code]], *, steps: int, blocks: int, seed: int) -> list[Result]:
+    """Run fp32 Adam and one coded Adam per pair on the same gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    count = blocks * BLOCK
+    normal = torch.randn(len(SPREADS), count, generator=generator)
+    sigma = torch.exp(normal * torch.tensor(SPREADS)[:, None])
+    states = [[torch.zeros_like(sigma), torch.zeros_like(sigma)] for _ in [*pairs, None]]
+    codes = [*pairs, (FP32, FP32)]
+    squares = torch.zeros(len(codes), len(SPREADS), dtype=torch.float64)
+    largest = torch.zeros(len(codes), len(SPREADS))
+    for step in range(1, steps + 1):
+        size = 0.3 if step > 0.6 * steps else 1.0
+        g = sigma * size * (torch.randn(sigma.shape, generator=generator) + 0.1)
+        correction1, correction2 = 1 - BETA1**step, (1 - BETA2**step) ** 0.5
+        exact_update = None
+        for i in reversed(range(len(codes))):
+            code_m, code_v = codes[i]
+            m, stored = states[i]
+            m = BETA1 * m + (1 - BETA1) * g
+            v = BETA2 * (stored if code_v.of == "v" else stored * stored) + (1 - BETA2) * g * g
+            root = v.sqrt()
+            update = (m / correction1) / (root / correction2 + EPS)
+            states[i] = [code_m(m), code_v(v if code_v.of == "v" else root)]
+            exact_update = update if exact_update is None else exact_update
+            if step > steps // 5:
+                difference = update if i == len(pairs) else update - exact_update
+                squares[i] += difference.double().square().sum(1)
+                largest[i] = torch.maximum(largest[i], update.abs().amax(1))
+    errors = (squares[:-1] / squares[-1]).sqrt()
+    return [Result(tuple(e.tolist()), tuple(big.tolist())) for e, big in zip(errors, largest[:-1], strict=True)]
+
+
+def main() -> None:
+    """Print the table: worst of the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer steps and one seed")
+    options = parser.parse_args()
+    seeds = (0,) if options.quick else (0, 1)
+    steps, blocks = (1000, 4) if options.quick else (2500, 16)
+    runs = [simulate(PAIRS, steps=steps, blocks=blocks, seed=seed) for seed in seeds]
+    print(f"Worst of {len(seeds)} seeds, {steps} steps, {blocks} blocks of {BLOCK}: error / largest step\n")
+    print("| m | second moment | " + " | ".join(f"spread {spread:g}" for spread in SPREADS) + " |")
+    print("|---|---|" + "---|" * len(SPREADS))
+    for i, (m, v) in enumerate(PAIRS):
+        cells = []
+        for j in range(len(SPREADS)):
+            error = max(run[i].error[j] for run in runs)
+            cells.append(f"{error:.3g} / {max(run[i].largest[j] for run in runs):.3g}")
+        print(f"| {m.name} | {v.name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
