@@ -52,3 +52,10 @@ def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obje
 def capability_of(tensor: torch.Tensor) -> tuple[int, int]:
     """The compute capability of the tensor's GPU; the interpreter plays a Hopper."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def sent_to(device: torch.device, table: torch.Tensor) -> torch.Tensor:
+    """A small table on the device; from host memory without waiting for the stream, which pageable memory might."""
+    if device.type == "cuda" and table.device.type == "cpu":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import capability_of, on_device_of
+from .common import capability_of, on_device_of, sent_to
 
 SUM_BLOCK = 1024
 
@@ -178,7 +178,7 @@ def gram_norms(
     pairs = int(first_pairs[-1])
     partials = torch.empty(pairs, dtype=torch.float32, device=device)
     # One copy for both lists.
-    borders, first_pairs = torch.stack([cu_seqlens, first_pairs]).to(device)
+    borders, first_pairs = sent_to(device, torch.stack([cu_seqlens, first_pairs]))
     with on_device_of(inputs):
         if pairs:
             multiply_grams[(pairs,)](

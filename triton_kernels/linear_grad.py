@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import capability_of, on_device_of
+from .common import capability_of, on_device_of, sent_to
 
 # Tiles that share their columns of G run side by side in groups of this many rows, so that the tokens a wave of
 # programs reads are near a square and stay in the L2 cache.
@@ -204,6 +204,7 @@ def linear_grad(
     tiles = triton.cdiv(p, config.bm) * triton.cdiv(d, config.bn)
     step = min(tiles, max(LEAST_TILES, WORKSPACE // max(1, 4 * wanted * samples)))
     partials = torch.empty(wanted * samples * step, dtype=torch.float32, device=inputs.device)
+    cu_seqlens = sent_to(inputs.device, cu_seqlens)
     if tiles == 0:
         sums.zero_()
     with on_device_of(inputs):
@@ -212,7 +213,7 @@ def linear_grad(
             accumulate_samples[(count,)](
                 inputs,
                 grad_outputs,
-                cu_seqlens.to(inputs.device),
+                cu_seqlens,
                 reference,
                 total if weight_grad else None,
                 partials,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyeff import reference
 from pyeff.ops._dispatch import Operation
-from pyeff.ops.linear_grad import check_samples, float32_limits, reduce_panel
+from pyeff.ops.linear_grad import check_samples, float32_limits, kept_memory, reduce_panel
 
 # On the CPU, tiles of the two Gram matrices take this much memory together, and hold at most so many rows: 1 MiB each,
 # which stay in the second level of cache until they are multiplied.
@@ -88,7 +88,7 @@ def _on_cpu(inputs: Tensor, grad_outputs: Tensor, borders: Tensor) -> Tensor:
     norms_sq = torch.zeros(borders.numel() - 1, dtype=torch.float64)
     cuts = borders.tolist()
     longest = min(_TILE_ROWS, int(borders.diff().max()) if norms_sq.numel() else 0)
-    tiles = inputs.new_empty((2, max(longest**2, _TILES_BYTES // 8)), dtype=torch.float32)
+    tiles = kept_memory(2 * max(longest**2, _TILES_BYTES // 8)).view(2, -1)
     s = 0
     while s < norms_sq.numel():
         length = cuts[s + 1] - cuts[s]
