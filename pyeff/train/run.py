@@ -503,8 +503,9 @@ class _Run:
             return None, f"{since}; what it would have done without cannot be told from the few checks before."
         more = self.meter.spent - first.trained
         low, high = Trend(*first.trend).expected(first.trained, more)
-        # No loss falls below zero.
-        high = min(high, first.loss)
+        # Rates of neighbouring checks scatter by this factor; and no loss falls below zero.
+        scatter = math.exp(self.config.governor_config.trajectory_log_sd)
+        low, high = low / scatter, min(high * scatter, first.loss)
         text = f"{since}; going on as before, the same budget without scoring would have given {low:.3f} to {high:.3f}"
         margin = 2 * gain.standard_error
         if low - margin <= gain.mean <= high + margin:

@@ -21,6 +21,7 @@ from pyeff.train import checkpoint, run
 from pyeff.train.config import parse_config
 from pyeff.train.events import read_events
 from pyeff.train.run import RunResult, train_run
+from pyeff.train.state import FirstRefresh, State
 
 # At 6e8 F one run takes about a second.
 BUDGET = "6e8F"
@@ -346,3 +347,25 @@ def test_nothing_of_the_result_lives_in_a_pickle(start):
     result = start()
     kinds = {path.suffix for path in result.out.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ""}
+
+
+@pytest.mark.parametrize(
+    ("fall", "paid"),
+    [(1.9, True), (0.8, None), (0.0, False), (-0.5, False)],
+)
+def test_a_run_claims_of_its_selection_only_what_lies_outside_both_extrapolations(fall: float, paid: bool | None):
+    # At a rate of 1 a unit after 1 unit of training, settling by 1 a unit: 0.95 or 1.39 in 3 more units, give or take
+    # the factor by which rates scatter.
+    scatter = SimpleNamespace(governor_config=SimpleNamespace(trajectory_log_sd=math.log(1.25)))
+    before = [3.0 + 0.01 * i for i in range(10)]
+    first = FirstRefresh(trained=1.0, loss=3.0, trend=[1.0, 1.0], cost=0.5, anchors=before)
+    itself = SimpleNamespace(state=State(first_refresh=first), meter=SimpleNamespace(spent=4.0), config=scatter)
+    claim, sentence = run._Run._selection_paid(itself, [loss - fall for loss in before])
+    assert claim is paid
+    assert ("cannot be told" in sentence) == (paid is None)
+
+
+def test_a_run_without_a_selection_or_without_a_trend_claims_nothing():
+    for first in (None, FirstRefresh(trained=1.0, loss=3.0, trend=None, cost=0.5, anchors=[3.0, 3.1])):
+        itself = SimpleNamespace(state=State(first_refresh=first), meter=SimpleNamespace(spent=4.0))
+        assert run._Run._selection_paid(itself, [1.0, 1.0])[0] is None
