@@ -3,7 +3,6 @@
 #include "cpu/adamw8bit.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "cpu/simd.h"
 
@@ -12,12 +11,17 @@ namespace PYEFF_LEVEL {
 namespace {
 
 constexpr int64_t LARGEST_BLOCK = 2048;
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 PYEFF_LANE F16 load_any(const float* p) { return load(p); }
 PYEFF_LANE F16 load_any(const uint16_t* p) { return load_bf16(p); }
 PYEFF_LANE void store_any(float* p, F16 x) { store(p, x); }
 PYEFF_LANE void store_any(uint16_t* p, F16 x) { store_bf16(p, x); }
+PYEFF_LANE float load_one(const float* p) { return *p; }
+PYEFF_LANE float load_one(const uint16_t* p) { return float_of_bf16(*p); }
+PYEFF_LANE void store_one(float* p, float x) { *p = x; }
+PYEFF_LANE void store_one(uint16_t* p, float x) { *p = bf16_of_float(x); }
+PYEFF_LANE uint32_t load_one_i8(const uint8_t* p) { return static_cast<uint32_t>(static_cast<int8_t>(*p)); }
+PYEFF_LANE uint32_t load_one_u8(const uint8_t* p) { return *p; }
 
 struct Moments {
     alignas(64) float m[LARGEST_BLOCK];
@@ -34,29 +38,46 @@ float largest_finite(const float* x, int64_t n) {
     return float_of_bits(largest);
 }
 
+template <bool CLAMP, class F, class U>
+PYEFF_LANE void encode_lanes(F& m, F& root, U& m_code, U& v_code) {
+    if (CLAMP) {
+        m = clamped(m, LARGEST_M);
+        root = clamped(root, 1.0f);
+    }
+    m_code = encode_exp_avg(m, m_code);
+    v_code = encode_root(root, v_code);
+}
+
 template <bool CLAMP>
-void encode_block(uint8_t* m_code, uint8_t* v_code, float m_divisor, float v_divisor, int64_t padded,
+void encode_block(uint8_t* m_code, uint8_t* v_code, float m_divisor, float v_divisor, int64_t n,
                   const Moments& moments) {
     const F16 by_m = splat(m_divisor), by_v = splat(v_divisor);
-    const U16 like = splat(0u);
-    for (int64_t i = 0; i < padded; i += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
         F16 m = load(moments.m + i) * by_m, root = load(moments.root + i) * by_v;
-        if (CLAMP) {
-            m = clamped(m, LARGEST_M);
-            root = clamped(root, 1.0f);
-        }
-        store_low_bytes(m_code + i, encode_exp_avg(m, like), v_code + i, encode_root(root, like));
+        U16 m_lanes = splat(0u), v_lanes = m_lanes;
+        encode_lanes<CLAMP>(m, root, m_lanes, v_lanes);
+        store_low_bytes(m_code + i, m_lanes, v_code + i, v_lanes);
+    }
+    for (; i < n; ++i) {
+        float m = moments.m[i] * m_divisor, root = moments.root[i] * v_divisor;
+        uint32_t m_lane = 0, v_lane = 0;
+        encode_lanes<CLAMP>(m, root, m_lane, v_lane);
+        m_code[i] = static_cast<uint8_t>(m_lane);
+        v_code[i] = static_cast<uint8_t>(v_lane);
     }
 }
 
-// Whole vectors of one block. `valid` of the `padded` elements count for the scales.
+// The last block of a tensor may end within a vector; that end takes one lane at a time, as the GPU does.
 template <class P, class G>
-void update_block(P* p, const G* g, uint8_t* m_code, float* m_scale, uint8_t* v_code, float* v_scale, int64_t padded,
-                  int64_t valid, const AdamWScalars& s, Moments& moments) {
-    const F16 by_m = splat(exp_avg_factor(*m_scale, s)), by_v = splat(root_factor(*v_scale, s));
+void update_block(P* p, const G* g, uint8_t* m_code, float* m_scale, uint8_t* v_code, float* v_scale, int64_t n,
+                  const AdamWScalars& s, Moments& moments) {
+    const float m_factor = exp_avg_factor(*m_scale, s), v_factor = root_factor(*v_scale, s);
+    const F16 by_m = splat(m_factor), by_v = splat(v_factor);
     // Magnitudes are compared as integers, which puts Inf above all numbers and NaN above Inf.
     U16 largest_m = splat(0u), largest_root = largest_m;
-    for (int64_t i = 0; i < padded; i += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
         const AdamWLane<F16> lane =
             adamw_update(load_any(p + i), load_any(g + i), decode_exp_avg(load_i8(m_code + i), by_m),
                          decode_root(load_u8(v_code + i), by_v), s);
@@ -66,16 +87,22 @@ void update_block(P* p, const G* g, uint8_t* m_code, float* m_scale, uint8_t* v_
         largest_m = max_of(bits_of(abs_of(lane.m)), largest_m);
         largest_root = max_of(bits_of(lane.root), largest_root);
     }
-    float m_top = float_of_bits(max_of_lanes(largest_m)), v_top = float_of_bits(max_of_lanes(largest_root));
-    const bool finite = m_top < INFINITE && v_top < INFINITE;
-    if (!finite || valid < padded) {
-        m_top = largest_finite(moments.m, valid);
-        v_top = largest_finite(moments.root, valid);
+    uint32_t m_bits = max_of_lanes(largest_m), v_bits = max_of_lanes(largest_root);
+    for (; i < n; ++i) {
+        const AdamWLane<float> lane =
+            adamw_update(load_one(p + i), load_one(g + i), decode_exp_avg(load_one_i8(m_code + i), m_factor),
+                         decode_root(load_one_u8(v_code + i), v_factor), s);
+        store_one(p + i, lane.p);
+        moments.m[i] = lane.m;
+        moments.root[i] = lane.root;
+        m_bits = max_of(bits_of(abs_of(lane.m)), m_bits);
+        v_bits = max_of(bits_of(lane.root), v_bits);
     }
-    *m_scale = exp_avg_scale(m_top, s);
-    *v_scale = root_scale(v_top, s);
+    const bool finite = max_of(m_bits, v_bits) < BITS_OF_INFINITY;
+    *m_scale = exp_avg_scale(finite ? float_of_bits(m_bits) : largest_finite(moments.m, n), s);
+    *v_scale = root_scale(finite ? float_of_bits(v_bits) : largest_finite(moments.root, n), s);
     const auto encode = finite ? &encode_block<false> : &encode_block<true>;
-    encode(m_code, v_code, exp_avg_divisor(*m_scale, s), root_divisor(*v_scale, s), padded, moments);
+    encode(m_code, v_code, exp_avg_divisor(*m_scale, s), root_divisor(*v_scale, s), n, moments);
 }
 
 template <class P, class G>
@@ -89,23 +116,7 @@ void update_blocks(const AdamWTensor& t, int64_t first, int64_t last, int64_t bl
     auto* v_scale = reinterpret_cast<float*>(t.exp_avg_sq_scale);
     for (int64_t block = first; block < last; ++block) {
         const int64_t at = block * block_size, n = std::min(block_size, t.size - at);
-        if (n % LANES == 0) {
-            update_block(p + at, g + at, m_code + at, m_scale + block, v_code + at, v_scale + block, n, n, s, moments);
-            continue;
-        }
-        // The end of a tensor, in padded copies.
-        P p_copy[LARGEST_BLOCK] = {};
-        G g_copy[LARGEST_BLOCK] = {};
-        uint8_t m_copy[LARGEST_BLOCK] = {}, v_copy[LARGEST_BLOCK] = {};
-        std::copy_n(p + at, n, p_copy);
-        std::copy_n(g + at, n, g_copy);
-        std::copy_n(m_code + at, n, m_copy);
-        std::copy_n(v_code + at, n, v_copy);
-        const int64_t padded = (n + LANES - 1) / LANES * LANES;
-        update_block(p_copy, g_copy, m_copy, m_scale + block, v_copy, v_scale + block, padded, n, s, moments);
-        std::copy_n(p_copy, n, p + at);
-        std::copy_n(m_copy, n, m_code + at);
-        std::copy_n(v_copy, n, v_code + at);
+        update_block(p + at, g + at, m_code + at, m_scale + block, v_code + at, v_scale + block, n, s, moments);
     }
 }
 

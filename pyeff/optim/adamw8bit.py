@@ -132,6 +132,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 fresh = AdamWStates.zeros([p], block_size=block_size)
                 state.update({"step": 0, "beta1_power": 1.0, "beta2_power": 1.0})
                 state.update({name: getattr(fresh, name)[0] for name in _TENSORS})
+            elif _misfit(state, p, block_size):
+                raise ValueError(
+                    f"the states of a parameter of shape {tuple(p.shape)} on {p.device} were made for another shape, "
+                    "device or block_size; make a new optimizer, or load a state_dict, after moving parameters"
+                )
             key = (p.device, state["beta1_power"], state["beta2_power"])
             call = calls.get(key)
             if call is None:
@@ -227,6 +232,12 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"lr must be a number or a tensor of one element; got shape {tuple(lr.shape)}")
     check_hyperparameters(lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
     check_block_size(group["block_size"])
+
+
+def _misfit(state: dict[str, Any], p: Tensor, block_size: int) -> bool:
+    # The kernels trust shapes: a group's block_size edited in place would make them read past the scales.
+    code, scale = state["exp_avg_code"], state["exp_avg_scale"]
+    return code.shape != p.shape or code.device != p.device or len(scale) != -(-p.numel() // block_size)
 
 
 def _check_state(state: dict[str, Any], p: Tensor, block_size: int, where: str) -> None:

@@ -325,6 +325,21 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
     assert torch.equal(p, torch.ones(4))
 
 
+def test_states_that_no_longer_fit_their_parameter_are_noticed() -> None:
+    p = nn.Parameter(torch.ones(600))
+    optimizer = AdamW8bit([p])
+    p.grad = torch.ones(600)
+    optimizer.step()
+    optimizer.param_groups[0]["block_size"] = 64
+    with pytest.raises(ValueError, match="another shape, device or block_size"):
+        optimizer.step()
+    optimizer.param_groups[0]["block_size"] = 256
+    p.data, p.grad = torch.ones(700), None
+    p.grad = torch.ones(700)
+    with pytest.raises(ValueError, match="another shape, device or block_size"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
