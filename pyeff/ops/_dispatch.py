@@ -24,9 +24,11 @@ IMPLEMENTATIONS = ("triton", "cuda", "cpu", "reference")
 @functools.cache
 def triton_problem() -> str | None:
     """Why Triton cannot be used at all, or None; found without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'pyeff[triton]')"
-    return None
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook that refuses it
+        found = False
+    return None if found else "triton is not installed (pip install 'pyeff[triton]')"
 
 
 def interpreting() -> bool:
