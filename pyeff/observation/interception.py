@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,15 +46,52 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.observation = observation
         self._aliases: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
+        self._fixed_ids = {id(t) for t in (*observation.model.parameters(), *observation.model.buffers())}
+        self._fixed: dict[int, weakref.ref[Tensor]] = {}
+        self._sampled: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Hand a call to its observed layer, if it has one and uses a watched parameter."""
+        kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is None or not (torch.is_grad_enabled() or handler in _BACKWARD):
-            return func(*args, **(kwargs or {}))
-        return handler(self, func, *args, **(kwargs or {}))
+        if not torch.is_grad_enabled():
+            return handler(self, func, *args, **kwargs) if handler in _BACKWARD else func(*args, **kwargs)
+        result = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
+        if not self.observation.in_forward or (args and isinstance(args[0], Tensor) and not self.is_fixed(args[0])):
+            return result
+        if result is not self._sampled and isinstance(result, Tensor | tuple | list) and self._all_fixed(args, kwargs):
+            for t in (result,) if isinstance(result, Tensor) else result:
+                if isinstance(t, Tensor):
+                    self._fixed[id(t)] = weakref.ref(t, functools.partial(_forget, self._fixed, id(t)))
+        self._sampled = None
+        return result
+
+    def is_fixed(self, t: Tensor) -> bool:
+        """Whether the model made a tensor of parameters, buffers and numbers alone, so that it holds no samples.
+
+        What was made where this mode does not look (a custom function, a checkpoint, under no_grad) is taken to hold
+        them.
+        """
+        if id(t) in self._fixed_ids:
+            return True
+        known = self._fixed.get(id(t))
+        return known is not None and known() is t
+
+    def _all_fixed(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                if not self.is_fixed(value):
+                    return False
+            elif isinstance(value, tuple | list) and not self._all_fixed(value, {}):
+                return False
+        return True
+
+    def sampled(self, t: Tensor) -> Tensor:
+        """Say that the result of this call holds samples although nothing it was made of does."""
+        self._sampled = t
+        return t
 
     def ref(self, t: Any) -> Ref | None:
         """The parameter behind a tensor."""
@@ -69,18 +107,29 @@ class Interception(TorchFunctionMode):
         """Remember what a tensor was made of, for as long as it lives."""
         if self.observation.parameters.get(id(t)) is None:
             key = id(t)
-            self._aliases[key] = (weakref.ref(t, lambda _: self._aliases.pop(key, None)), ref)
+            self._aliases[key] = (weakref.ref(t, functools.partial(_forget, self._aliases, key)), ref)
         return t
 
-    def use(self, ref: Ref | None, kind: Kind, x: Tensor, leading: int, size: int) -> Use | None:
+    def use(
+        self, ref: Ref | None, kind: Kind, x: Tensor, leading: int, size: int, *, repeated: bool = False
+    ) -> Use | None:
         """A use of a parameter by a layer with input `x`, whose first `leading` dimensions are rows.
 
-        None when the rows cannot be told apart by sample; the parameter is then refused.
+        `repeated` says that x is the parameter itself, repeated for each sample. None when the rows cannot be told
+        apart by sample; the parameter is then refused.
         """
         if ref is None:
             return None
         observation = self.observation
         replays = _replays()
+        if (
+            kind != "embedding"
+            and not repeated
+            and self.is_fixed(x)
+            and observation.current_forward().batch.samples != 1
+        ):
+            observation.refuse(ref.name, f"its layer's input of shape {tuple(x.shape)} does not depend on the batch")
+            return None
         # The layers of a replay compute no gradient; they must only be the ones of the forward pass, whichever it was.
         forwards = observation.pending_forwards() if replays else [observation.current_forward()]
         for forward in forwards:
@@ -102,6 +151,10 @@ class Interception(TorchFunctionMode):
         """The uses of the parameters of stacked experts fed from the tokens `x` [N, d], and the samples of these."""
         uses = {name: self.use(self.ref(t), "linear", x, 1, 0) for name, t in tensors.items()}
         return uses, next((use.rows for use in uses.values() if use is not None), None)
+
+
+def _forget(known: dict[int, Any], key: int, _: weakref.ref[Tensor]) -> None:
+    known.pop(key, None)
 
 
 def _replays() -> bool:
@@ -185,9 +238,9 @@ def _embedding(
     batch = mode.observation.current_forward().batch
     samples = None
     if batch.packed is None and batch.samples > 1:
-        if batch.ambiguous and input.shape[:1] == (batch.samples,) and not mode.observation.in_batch(input):
+        if input.shape[:1] == (batch.samples,) and not _tells_samples(mode, input):
             mode.observation.refuse(
-                ref.name, f"indices of shape {tuple(input.shape)} may be {batch.samples} samples or as many tokens"
+                ref.name, f"indices of shape {tuple(input.shape)} may be {batch.samples} samples or as many positions"
             )
             return plain()
         # One row of positions, read by every sample: autograd would add the samples up before the table is reached.
@@ -198,7 +251,17 @@ def _embedding(
     if use is None:
         return plain()
     use.ids = shape.reshape(-1)
-    return ObservedEmbedding.apply(weight, input, padding_idx, samples, use)
+    result = ObservedEmbedding.apply(weight, input, padding_idx, samples, use)
+    return result if samples is None else mode.sampled(result)
+
+
+def _tells_samples(mode: Interception, ids: Tensor) -> bool:
+    # As many indices in dimension 0 as there are samples. Are these the samples? Not certainly, if the model made them
+    # without looking at the batch: a table of relative positions is square.
+    batch = mode.observation.current_forward().batch
+    if mode.is_fixed(ids):
+        return mode.observation.is_input_shape(ids.shape) and ids.shape[1:2] != (batch.samples,)
+    return ids.ndim > 1 or batch.leading[1:] != (batch.samples,)
 
 
 def _last_dimensions(x: Tensor, w: Tensor) -> int | None:
@@ -263,10 +326,10 @@ def _expand(mode: Interception, func: Any, input: Tensor, *sizes: Any, **options
     if ref is None or input.ndim == 0 or input.shape[0] != 1 or result.ndim != input.ndim:
         return result
     batch = mode.observation.current_forward().batch
-    if batch.packed is not None or tuple(result.shape) != (batch.samples, *input.shape[1:]):
+    if batch.packed is not None or result.shape[0] != batch.samples:
         return result
-    use = mode.use(ref, "vector", result, 1, input.numel())
-    return result if use is None else ObservedBroadcast.apply(input, result.shape, use)
+    use = mode.use(ref, "vector", result, 1, input.numel(), repeated=True)
+    return mode.sampled(result if use is None else ObservedBroadcast.apply(input, result.shape, use))
 
 
 @_handles(F.layer_norm)

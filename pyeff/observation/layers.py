@@ -189,7 +189,7 @@ class ObservedShift(torch.autograd.Function):
 
 
 class ObservedBroadcast(torch.autograd.Function):
-    """w [1, ...] repeated for each of S samples: [S, ...]."""
+    """w [1, ...] repeated for each of S samples, and perhaps within them: [S, ...]."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, shape: Sequence[int], use: Use) -> Tensor:
@@ -199,6 +199,9 @@ class ObservedBroadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        within = [dim for dim in range(1, g.ndim) if ctx.w_shape[dim] != g.shape[dim]]
+        if within:
+            g = g.sum(within, keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
         grad_w = _sum_rows(g.reshape(g.shape[0], -1), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
         return grad_w, None, None
 

@@ -14,7 +14,7 @@ from pyeff.observation.graph import grad_fns, unobserved_uses
 from pyeff.observation.interception import Interception
 from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
 from pyeff.observation.recording import Forward
-from pyeff.observation.rows import Batch, batch_of_call
+from pyeff.observation.rows import batch_of_call
 
 
 class UnobservableError(ValueError):
@@ -95,9 +95,10 @@ class Observation:
         """Parameter name -> why its share is missing from the norms (only with `strict=False`)."""
         self._forwards: list[Forward] = []
         self._segments: Tensor | None = None
-        self._call_tensors: set[int] = set()
+        self._input_shapes: set[torch.Size] = set()
         self._contributions: dict[str, int] = {}
         self._settled = 0
+        self.in_forward = False
         self._had_gradient: bool | None = None
         self._undo: list[Any] = []
         self._state = "new"
@@ -191,7 +192,7 @@ class Observation:
     def _install(self) -> None:
         before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._undo.append(before.remove)
-        self._undo.append(self.model.register_forward_hook(self._after_forward).remove)
+        self._undo.append(self.model.register_forward_hook(self._after_forward, always_call=True).remove)
         for name, parameter in self.parameters.values():
             self._undo.append(parameter.register_hook(functools.partial(self._on_gradient, name, [0])).remove)
         self._undo += observe_experts(self)
@@ -211,15 +212,14 @@ class Observation:
             return
         segments, self._segments = self._segments, None
         batch = batch_of_call(module, args, kwargs, segments)
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self._call_tensors = {t.data_ptr() for t in tensors}
-        self._begin(batch)
-
-    def _begin(self, batch: Batch) -> None:
+        self._input_shapes = {value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         self._forwards.append(Forward(batch, self))
+        self.in_forward = True
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.raise_if_refused()
+        self.in_forward = False
+        if output is not None:
+            self.raise_if_refused()
 
     def current_forward(self) -> Forward:
         """The forward pass that a layer called now belongs to."""
@@ -242,9 +242,9 @@ class Observation:
                 "each forward pass"
             )
 
-    def in_batch(self, t: Tensor) -> bool:
-        """Whether a tensor is one of those the model was called with."""
-        return t.data_ptr() in self._call_tensors
+    def is_input_shape(self, shape: torch.Size) -> bool:
+        """Whether the model was called with a tensor of this shape."""
+        return shape in self._input_shapes
 
     def before_backward(self, roots: Any) -> None:
         """Look for uses that no layer observes, before any gradient is computed."""

@@ -105,11 +105,6 @@ class Batch:
             self._known[key] = Rows(self.samples, total, None, host.to(device=device, dtype=torch.int32), host)
         return self._known[key]
 
-    @property
-    def ambiguous(self) -> bool:
-        """Whether a dimension as long as the batch could as well be the tokens of one sample."""
-        return self.packed is None and self.samples > 1 and self.leading[1:] == (self.samples,)
-
 
 # Borders on a GPU are read back once for each tensor of them, and that waits for the stream: all steps share them.
 @functools.lru_cache(maxsize=256)

@@ -378,6 +378,34 @@ def test_relative_positions_shared_by_all_samples_are_refused_whatever_the_batch
         assert set(seen.unobserved) == {"parts.0.weight"}
 
 
+def test_a_table_that_has_as_many_rows_as_the_batch_is_no_batch() -> None:
+    """Relative positions go through linear layers too; as many of them as samples or tokens prove nothing."""
+    table = nn.Parameter(torch.randn(6, 4))
+    norm, linear = nn.LayerNorm(4), nn.Linear(4, 4)
+    model = _Calls(lambda x: x + linear(norm(table)).sum(0) + linear.bias.new_ones(4), norm, linear, w=table)
+    with pyeff.observe(model, strict=False) as seen:
+        model(torch.randn(2, 3, 4)).square().sum().backward()
+    assert set(seen.unobserved) == {n for n, _ in model.named_parameters()}
+
+
+def test_queries_repeated_for_each_sample_are_samples() -> None:
+    torch.manual_seed(0)
+    queries, linear = nn.Parameter(torch.randn(2, 4)), nn.Linear(4, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        return linear(queries.unsqueeze(0).expand(x.shape[0], -1, -1)) @ x.transpose(1, 2)
+
+    model, x = _Calls(forward, linear, w=queries), torch.randn(2, 3, 4)
+    single = [torch.stack([g.square().sum() for g in _gradients(model, x[s : s + 1])]).sum().sqrt() for s in range(2)]
+    with pyeff.observe(model) as seen:
+        model(x).square().sum().backward()
+    torch.testing.assert_close(seen.grad_norms, torch.stack(single), rtol=64 * EPS, atol=0)
+
+
+def _gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+
+
 def test_a_compiled_model_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     model[0].compile()
