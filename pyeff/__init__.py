@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
     from pyeff.errors import UserError
-    from pyeff.observation import NoiseScale, NoiseScaleEstimate, Observation, UnobservableError, observe
+    from pyeff.observation import (
+        GradientObservation,
+        NoiseScale,
+        NoiseScaleEstimate,
+        UnobservableError,
+        observe,
+    )
     from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
@@ -27,10 +33,10 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Importing pyeff must cost nothing, so each is imported at first use.
 _HOME = {
     "AdamWStates": "pyeff.ops",
+    "GradientObservation": "pyeff.observation",
     "LinearGrad": "pyeff.ops",
     "NoiseScale": "pyeff.observation",
     "NoiseScaleEstimate": "pyeff.observation",
-    "Observation": "pyeff.observation",
     "TokenScores": "pyeff.ops",
     "UnobservableError": "pyeff.observation",
     "adamw8bit_step": "pyeff.ops",
@@ -50,11 +56,11 @@ _SUBPACKAGES = ("data", "governor", "observation", "ops", "optim", "reference", 
 __all__ = [
     "AdamWStates",
     "Explanation",
+    "GradientObservation",
     "Info",
     "LinearGrad",
     "NoiseScale",
     "NoiseScaleEstimate",
-    "Observation",
     "TokenScores",
     "UnobservableError",
     "UserError",

@@ -149,7 +149,7 @@ def truth_of(model: nn.Module, batch: dict[str, Tensor], loss: Callable[..., Ten
     return Truth(norms_sq, gradient)
 
 
-def observed(model: nn.Module, backward: Callable[[], None], **options: Any) -> tuple[pyeff.Observation, Truth]:
+def observed(model: nn.Module, backward: Callable[[], None], **options: Any) -> tuple[pyeff.GradientObservation, Truth]:
     """What `observe` sees of a backward pass, and its numbers in the form of the truth."""
     model.zero_grad()
     with pyeff.observe(model, by_parameter=True, **options) as seen:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
-from pyeff.observation.observer import Observation, UnobservableError, observe
+from pyeff.observation.observer import GradientObservation, UnobservableError, observe
 
-__all__ = ["NoiseScale", "NoiseScaleEstimate", "Observation", "UnobservableError", "estimate_noise_scale", "observe"]
+__all__ = [
+    "GradientObservation",
+    "NoiseScale",
+    "NoiseScaleEstimate",
+    "UnobservableError",
+    "estimate_noise_scale",
+    "observe",
+]

@@ -24,7 +24,7 @@ from pyeff.observation.rows import Rows
 from pyeff.ops import linear_grad
 
 if TYPE_CHECKING:
-    from pyeff.observation.observer import Observation
+    from pyeff.observation.observer import GradientObservation
 
 # What the decorator of the experts interface gives a module.
 _INTERFACE = ("_apply_gate", "has_gate", "has_bias", "is_transposed", "num_experts")
@@ -130,7 +130,7 @@ def _spans(pairs: Rows, experts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def observe_experts(observation: Observation) -> list[Callable[[], None]]:
+def observe_experts(observation: GradientObservation) -> list[Callable[[], None]]:
     """Give the experts of the model their observed forward pass; returns what takes it away again."""
     undo: list[Callable[[], None]] = []
     for module in observation.model.modules():
@@ -143,7 +143,7 @@ def observe_experts(observation: Observation) -> list[Callable[[], None]]:
 
 
 def _experts_forward(
-    observation: Observation, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    observation: GradientObservation, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     up = "gate_up_proj" if module.has_gate else "up_proj"
     names = [up, "down_proj", *((f"{up}_bias", "down_proj_bias") if module.has_bias else ())]

@@ -26,7 +26,7 @@ from pyeff.observation.recording import Kind, Use
 from pyeff.observation.rows import Rows, UnknownRows
 
 if TYPE_CHECKING:
-    from pyeff.observation.observer import Observation
+    from pyeff.observation.observer import GradientObservation
 
 
 class Ref(NamedTuple):
@@ -42,7 +42,7 @@ class Ref(NamedTuple):
 class Interception(TorchFunctionMode):
     """While active, replaces the calls of torch that an observed layer stands for."""
 
-    def __init__(self, observation: Observation) -> None:
+    def __init__(self, observation: GradientObservation) -> None:
         super().__init__()
         self.observation = observation
         self._aliases: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}

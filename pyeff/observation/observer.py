@@ -28,7 +28,7 @@ def observe(
     by_parameter: bool = False,
     strict: bool = True,
     noise_scale: NoiseScale | None = None,
-) -> Observation:
+) -> GradientObservation:
     """Watch a model's backward passes for the norm of every sample's share of the gradient.
 
     If L is the loss that is backpropagated and theta_s the parameters as sample s reads them, then
@@ -57,7 +57,7 @@ def observe(
         noise_scale: Takes in each context's estimate when the context ends without an error.
 
     Returns:
-        A context manager and, inside and after it, the `Observation`.
+        A context manager and, inside and after it, the `GradientObservation`.
 
     Raises:
         UnobservableError: On entering, for what is known to be unobservable; otherwise when the forward pass ends or
@@ -81,10 +81,10 @@ def observe(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not norms:
         raise ValueError("norms=False leaves nothing to observe")
-    return Observation(model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale)
+    return GradientObservation(model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale)
 
 
-class Observation:
+class GradientObservation:
     """What `observe` has seen; also the context manager itself. Make it with `observe`."""
 
     def __init__(self, model: nn.Module, *, by_parameter: bool, strict: bool, noise_scale: NoiseScale | None) -> None:
@@ -164,7 +164,7 @@ class Observation:
 
     # The context
 
-    def __enter__(self) -> Observation:
+    def __enter__(self) -> GradientObservation:
         if self._state != "new":
             raise RuntimeError("an observation can be entered once: call observe(model) again")
         self.parameters = {id(p): (n, p) for n, p in self.model.named_parameters() if p.requires_grad}

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyeff.observation.rows import Batch, Rows
 
 if TYPE_CHECKING:
-    from pyeff.observation.observer import Observation
+    from pyeff.observation.observer import GradientObservation
 
 # A tied head reads this many bytes of its logits' gradient at a time.
 _PIECE_BYTES = 32 << 20
@@ -108,7 +108,7 @@ class Use:
 class Forward:
     """One forward pass: its samples, the uses of each parameter in it, and the squared norms noted so far."""
 
-    def __init__(self, batch: Batch, observation: Observation) -> None:
+    def __init__(self, batch: Batch, observation: GradientObservation) -> None:
         self.batch, self.observation = batch, observation
         self.uses: dict[str, list[Use]] = {}
         self.partials: dict[str, Tensor] = {}

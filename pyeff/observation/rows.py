@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyeff.ops._packed import host_borders
+from pyeff.ops._packed import host_borders, remember_borders
 
 # In this order, the input whose first dimension counts the samples of a batch.
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids")
@@ -102,14 +102,17 @@ class Batch:
         key = (per_token, device, "packed")
         if key not in self._known:
             host = self.packed * per_token
-            self._known[key] = Rows(self.samples, total, None, host.to(device=device, dtype=torch.int32), host)
+            borders = host.to(device=device, dtype=torch.int32)
+            remember_borders(borders, host)
+            self._known[key] = Rows(self.samples, total, None, borders, host)
         return self._known[key]
 
 
-# Borders on a GPU are read back once for each tensor of them, and that waits for the stream: all steps share them.
 @functools.lru_cache(maxsize=256)
 def _equal_rows(samples: int, each: int, total: int, device: torch.device) -> Rows:
-    borders = torch.arange(samples + 1, dtype=torch.int32, device=device) * each
+    host = torch.arange(samples + 1) * each
+    borders = host.to(device=device, dtype=torch.int32)
+    remember_borders(borders, host)
     return Rows(samples, total, each, borders)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from observed_models import MODELS, Truth, loss_sum, model_named, observed, padded_batch, truth_of
 
-
 EPS = torch.finfo(torch.float32).eps
 
 
