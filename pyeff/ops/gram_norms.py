@@ -93,9 +93,9 @@ def _on_cpu(inputs: Tensor, grad_outputs: Tensor, borders: Tensor) -> Tensor:
     while s < norms_sq.numel():
         length = cuts[s + 1] - cuts[s]
         end = s + 1
-        if 0 < length <= _TILE_ROWS:
+        if length:
             # Neighbours of one length share a matmul.
-            most = _together(tiles.shape[1], length, inputs, grad_outputs)
+            most = _together(tiles.shape[1], min(length, _TILE_ROWS), inputs, grad_outputs)
             while end < norms_sq.numel() and end - s < most and cuts[end + 1] - cuts[end] == length:
                 end += 1
         rows = slice(cuts[s], cuts[end])
@@ -111,11 +111,11 @@ def _on_cpu(inputs: Tensor, grad_outputs: Tensor, borders: Tensor) -> Tensor:
     return norms_sq.clamp_(min=0).to(torch.float32)  # keeps NaN
 
 
-def _together(elements: int, length: int, *operands: Tensor) -> int:
-    """How many samples of `length` tokens share a matmul: their tiles fit, and so do copies of 16-bit rows."""
+def _together(elements: int, rows: int, *operands: Tensor) -> int:
+    """How many samples of one length share a matmul: their tiles fit, and so do copies of 16-bit rows."""
     columns = max(min(_COPY_COLUMNS, x.shape[1]) for x in operands)
     copied = operands[0].dtype != torch.float32
-    return max(1, min(elements // length**2, _TILES_BYTES // (8 * columns * length) if copied else elements))
+    return max(1, min(elements // rows**2, _TILES_BYTES // (8 * columns * rows) if copied else elements))
 
 
 def _gram(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
