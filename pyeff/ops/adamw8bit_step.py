@@ -167,6 +167,27 @@ def check_parameter(p: Tensor, name: str = "params") -> None:
         raise TypeError(f"{name} must be dense fp32 or bf16 tensors; got {p.dtype} with layout {p.layout}")
 
 
+def fits_states(
+    p: Tensor, code_m: Tensor, scale_m: Tensor, code_v: Tensor, scale_v: Tensor, *, block_size: int
+) -> bool:
+    """Whether these are the states of a parameter like `p`: what the kernels rely on and do not check."""
+    shape, device, blocks = p.shape, p.device, (-(-p.numel() // block_size),)
+    # Written out: this runs for every parameter in every step.
+    return (
+        code_m.shape == shape
+        and code_v.shape == shape
+        and scale_m.shape == blocks
+        and scale_v.shape == blocks
+        and code_m.dtype is code_v.dtype is torch.uint8
+        and scale_m.dtype is scale_v.dtype is torch.float32
+        and device == code_m.device == scale_m.device == code_v.device == scale_v.device
+        and code_m.is_contiguous()
+        and scale_m.is_contiguous()
+        and code_v.is_contiguous()
+        and scale_v.is_contiguous()
+    )
+
+
 def _check(
     params: list[Tensor],
     grads: list[Tensor],
@@ -185,6 +206,9 @@ def _check(
     if len(grads) != len(params) or any(len(one) != len(params) for one in lists):
         lengths = ", ".join(str(len(one)) for one in lists)
         raise ValueError(f"{len(params)} params need as many grads and states; got {len(grads)} and {lengths}")
+    if len({id(p) for p in params}) != len(params):
+        # Both entries would be written at once, by different threads.
+        raise ValueError("params must be different tensors; one of them is given twice")
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         check_parameter(p, f"params[{i}]")
         check_parameter(g, f"grads[{i}]")
@@ -202,9 +226,13 @@ def _check(
                     f"states: the codes of params[{i}] must be contiguous uint8 {tuple(p.shape)} on {p.device}; "
                     f"got {code.dtype} {tuple(code.shape)} on {code.device}"
                 )
-            if (scale.shape, scale.dtype, scale.device) != ((blocks,), torch.float32, p.device):
+            if (scale.shape, scale.dtype, scale.device) != (
+                (blocks,),
+                torch.float32,
+                p.device,
+            ) or not scale.is_contiguous():
                 raise ValueError(
-                    f"states: the scales of params[{i}] must be fp32 [{blocks}] on {p.device}; "
+                    f"states: the scales of params[{i}] must be contiguous fp32 [{blocks}] on {p.device}; "
                     f"got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
                 )
 
@@ -248,6 +276,8 @@ def _step(
     for p, flat in zip(params, flat_params, strict=True):
         if flat is not p:
             p.copy_(flat)
+    # The kernels write behind autograd's back: a graph that still holds the old values must not be run backward.
+    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
 
 
 def _fields(p: Tensor, g: Tensor, code_m: Tensor, scale_m: Tensor, code_v: Tensor, scale_v: Tensor) -> tuple[int, ...]:

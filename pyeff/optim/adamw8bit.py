@@ -16,6 +16,7 @@ from pyeff.ops.adamw8bit_step import (
     check_block_size,
     check_hyperparameters,
     check_parameter,
+    fits_states,
     step,
 )
 
@@ -80,6 +81,12 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; nothing is added if one of them does not fit."""
+        params = param_group["params"]
+        if not isinstance(params, Tensor):
+            params = param_group["params"] = list(params)
+            if len({id(p) for p in params}) != len(params):
+                # torch warns; here both entries would be written at once, by different threads.
+                raise ValueError("params must be different tensors; one of them is given twice")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -117,6 +124,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 raise TypeError(
                     f"AdamW8bit takes dense fp32 or bf16 gradients; got {grad.dtype} with layout {grad.layout} "
                     f"for a parameter of shape {tuple(p.shape)}"
+                )
+            if grad.shape != p.shape or grad.device != p.device:
+                # torch checks this where a gradient is assigned, but not where `p.data` is, later.
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} on {p.device} has a gradient of shape "
+                    f"{tuple(grad.shape)} on {grad.device}; it was made before the parameter changed: zero_grad() first"
                 )
             if not hyperparameters:
                 hyperparameters = {
@@ -235,9 +248,8 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _misfit(state: dict[str, Any], p: Tensor, block_size: int) -> bool:
-    # The kernels trust shapes: a group's block_size edited in place would make them read past the scales.
-    code, scale = state["exp_avg_code"], state["exp_avg_scale"]
-    return code.shape != p.shape or code.device != p.device or len(scale) != -(-p.numel() // block_size)
+    # The kernels trust shapes: a group's block_size or a state edited in place would make them write out of bounds.
+    return not fits_states(p, *(state[name] for name in _TENSORS), block_size=block_size)
 
 
 def _check_state(state: dict[str, Any], p: Tensor, block_size: int, where: str) -> None:

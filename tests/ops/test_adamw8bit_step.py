@@ -487,3 +487,14 @@ def test_gpu_step_does_not_synchronise() -> None:
             adamw8bit_step([p], [g], states, lr=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_scales_that_are_no_plain_memory_and_parameters_given_twice_are_refused():
+    p = torch.ones(1000)
+    states = AdamWStates.zeros([p])
+    states.exp_avg_sq_scale = [torch.zeros(1).expand(4)]
+    with pytest.raises(ValueError, match="contiguous fp32"):
+        adamw8bit_step([p], [torch.ones(1000)], states, lr=0.1)
+    with pytest.raises(ValueError, match="twice"):
+        adamw8bit_step([p, p], [torch.ones(1000)] * 2, AdamWStates.zeros([p, p]), lr=0.1)
+    assert torch.equal(p, torch.ones(1000))

@@ -371,3 +371,47 @@ def test_a_parameter_in_two_groups_is_refused() -> None:
     p = nn.Parameter(torch.ones(4))
     with pytest.raises(ValueError, match="more than one parameter group"):
         AdamW8bit([{"params": [p]}, {"params": [p]}])
+
+
+def test_a_gradient_made_before_its_parameter_changed_size_is_refused():
+    for before, after in ((10, 5000), (5000, 10)):
+        p = nn.Parameter(torch.ones(before))
+        p.grad = torch.ones(before)
+        p.data = torch.ones(after)
+        with pytest.raises(ValueError, match=f"has a gradient of shape .{before}"):
+            AdamW8bit([p]).step()
+        assert torch.equal(p, torch.ones(after))
+
+
+@pytest.mark.parametrize("name", ["exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"])
+@pytest.mark.parametrize("damage", ["shorter", "another dtype", "expanded"])
+def test_a_state_that_was_edited_never_reaches_the_kernel(name: str, damage: str):
+    p = nn.Parameter(torch.ones(1000))
+    optimizer = AdamW8bit([p])
+    p.grad = torch.ones(1000)
+    optimizer.step()
+    state = optimizer.state[p]
+    state[name] = {
+        "shorter": state[name][:1],
+        "another dtype": state[name].to(torch.float16),
+        "expanded": state[name][:1].expand(state[name].shape),
+    }[damage]
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="made for another shape"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_a_graph_that_saw_the_weights_before_the_step_cannot_run_backward():
+    p = nn.Parameter(torch.ones(300))
+    loss = (p * p).sum()
+    p.grad = torch.ones(300)
+    AdamW8bit([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_parameter_given_twice_is_refused():
+    p = nn.Parameter(torch.ones(300))
+    with pytest.raises(ValueError, match="twice"):
+        AdamW8bit([p, p])
