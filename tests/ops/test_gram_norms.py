@@ -212,7 +212,7 @@ def test_tiles_change_only_the_rounding(tile: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("limits", [(1, 3, 5), (2000, 16, 7), (16 << 20, 512, 2048)], ids=str)
+@pytest.mark.parametrize("limits", [(1, 3, 5), (2000, 16, 7), (4 << 20, 128, 2048)], ids=str)
 def test_tiles_on_the_cpu_change_only_the_rounding(
     limits: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,4 +238,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 48 * 1024, "the Gram matrices alone would be 128 MiB"
+    assert int(done.stdout) <= 32 * 1024, "the Gram matrices alone would be 128 MiB"
