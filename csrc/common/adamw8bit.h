@@ -37,10 +37,14 @@ constexpr uint32_t BITS_OF_INFINITY = 0x7f800000u;
 constexpr uint32_t BINADE = 1u << 23;
 constexpr float LARGEST_M = 31.0f / 32.0f;  // what k = 127 stands for, relative to the scale
 constexpr float INVERSE_LARGEST_M = 32.0f / 31.0f;
+constexpr float LARGEST_FLOAT = 3.40282347e38f;
 constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // 2^-126: below it 1 / scale overflows
 
 // Once a block: what decoded values are multiplied by, the new scale, and what new values are multiplied by.
-PYEFF_LANE float exp_avg_factor(float scale, const AdamWScalars& s) { return scale * s.exp_avg_in; }
+PYEFF_LANE float exp_avg_factor(float scale, const AdamWScalars& s) {
+    // An infinite factor would make NaN of the zeros of its block.
+    return min_of(scale * s.exp_avg_in * 128.0f, LARGEST_FLOAT);
+}
 PYEFF_LANE float exp_avg_scale(float largest, const AdamWScalars& s) {
     return max_of(largest * s.exp_avg_out * INVERSE_LARGEST_M, SMALLEST_SCALE);
 }
@@ -51,13 +55,12 @@ PYEFF_LANE float root_divisor(float scale, const AdamWScalars& s) {
     return divide(s.root_out, max_of(scale, SMALLEST_SCALE));
 }
 
-// `code` is k in -127..127, sign extended: B(|m| / scale) = 4 B(|k| / 128) - 3 B(1), and 0 for k = 0.
+// `code` is k in -127..127 in the highest byte: B(|m| / scale) = 4 B(|k| / 128) - 3 B(1), and 0 for k = 0.
 template <class U, class F>
 PYEFF_LANE F decode_exp_avg(U code, F factor) {
-    const F k = float_of_int(code);
-    // The shift drops the sign, which the product gets back; 28 binades are those of 128^4.
-    const F quartic = float_of_bits((bits_of(k) << 2) - broadcast(3u * BITS_OF_ONE + 28u * BINADE, code));
-    const F magnitude = zero_where_zero(code, quartic * factor);
+    // The exponent of 2^24 k lies between 128 + 23 and 128 + 29. The shift multiplies it by 4 and drops 4 128 beside
+    // the sign: what is left is (k / 128)^4 / 128, and zero for zero.
+    const F magnitude = float_of_bits(bits_of(float_of_int(code)) << 2) * factor;
     return float_of_bits(bits_of(magnitude) | (code & broadcast(0x80000000u, code)));
 }
 

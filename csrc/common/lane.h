@@ -58,7 +58,6 @@ PYEFF_LANE float divide(float a, float b) {
 }
 
 PYEFF_LANE float select(bool condition, float yes, float no) { return condition ? yes : no; }
-PYEFF_LANE float zero_where_zero(uint32_t k, float x) { return k == 0 ? 0.0f : x; }
 PYEFF_LANE uint32_t select(bool condition, uint32_t yes, uint32_t no) { return condition ? yes : no; }
 
 // max and min in the sense of x86: the second operand when either is NaN. Spelled out so that every level

@@ -20,8 +20,6 @@ PYEFF_LANE float load_one(const float* p) { return *p; }
 PYEFF_LANE float load_one(const uint16_t* p) { return float_of_bf16(*p); }
 PYEFF_LANE void store_one(float* p, float x) { *p = x; }
 PYEFF_LANE void store_one(uint16_t* p, float x) { *p = bf16_of_float(x); }
-PYEFF_LANE uint32_t load_one_i8(const uint8_t* p) { return static_cast<uint32_t>(static_cast<int8_t>(*p)); }
-PYEFF_LANE uint32_t load_one_u8(const uint8_t* p) { return *p; }
 
 struct Moments {
     alignas(64) float m[LARGEST_BLOCK];
@@ -79,7 +77,7 @@ void update_block(P* p, const G* g, uint8_t* m_code, float* m_scale, uint8_t* v_
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         const AdamWLane<F16> lane =
-            adamw_update(load_any(p + i), load_any(g + i), decode_exp_avg(load_i8(m_code + i), by_m),
+            adamw_update(load_any(p + i), load_any(g + i), decode_exp_avg(load_high_u8(m_code + i), by_m),
                          decode_root(load_u8(v_code + i), by_v), s);
         store_any(p + i, lane.p);
         store(moments.m + i, lane.m);
@@ -90,8 +88,8 @@ void update_block(P* p, const G* g, uint8_t* m_code, float* m_scale, uint8_t* v_
     uint32_t m_bits = max_of_lanes(largest_m), v_bits = max_of_lanes(largest_root);
     for (; i < n; ++i) {
         const AdamWLane<float> lane =
-            adamw_update(load_one(p + i), load_one(g + i), decode_exp_avg(load_one_i8(m_code + i), m_factor),
-                         decode_root(load_one_u8(v_code + i), v_factor), s);
+            adamw_update(load_one(p + i), load_one(g + i), decode_exp_avg(uint32_t{m_code[i]} << 24, m_factor),
+                         decode_root(uint32_t{v_code[i]}, v_factor), s);
         store_one(p + i, lane.p);
         moments.m[i] = lane.m;
         moments.root[i] = lane.root;

@@ -54,9 +54,7 @@ PYEFF_LANE void store(float* p, F16 x) { _mm512_storeu_ps(p, x.v); }
 PYEFF_LANE U16 load_u8(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-PYEFF_LANE U16 load_i8(const uint8_t* p) {
-    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
+PYEFF_LANE U16 load_high_u8(const uint8_t* p) { return {_mm512_slli_epi32(load_u8(p).v, 24)}; }
 PYEFF_LANE void store_u8(uint8_t* p, U16 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
@@ -99,7 +97,6 @@ PYEFF_LANE F16 select(M16 m, F16 yes, F16 no) { return {_mm512_mask_blend_ps(m.v
 PYEFF_LANE U16 select(M16 m, U16 yes, U16 no) { return {_mm512_mask_blend_epi32(m.v, no.v, yes.v)}; }
 
 PYEFF_LANE uint32_t max_of_lanes(U16 x) { return _mm512_reduce_max_epu32(x.v); }
-PYEFF_LANE F16 zero_where_zero(U16 k, F16 x) { return {_mm512_maskz_mov_ps(_mm512_test_epi32_mask(k.v, k.v), x.v)}; }
 PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
     store_u8(p, x);
     store_u8(q, y);
@@ -131,9 +128,14 @@ PYEFF_LANE U16 load_u8(const uint8_t* p) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
 }
-PYEFF_LANE U16 load_i8(const uint8_t* p) {
-    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+PYEFF_LANE U16 load_high_u8(const uint8_t* p) {
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const int z = 0x808080;  // the three lower bytes are zero
+    return {
+        _mm256_shuffle_epi8(bytes, _mm256_setr_epi32(z, 0x01000000 | z, 0x02000000 | z, 0x03000000 | z, 0x04000000 | z,
+                                                     0x05000000 | z, 0x06000000 | z, 0x07000000 | z)),
+        _mm256_shuffle_epi8(bytes, _mm256_setr_epi32(0x08000000 | z, 0x09000000 | z, 0x0a000000 | z, 0x0b000000 | z,
+                                                     0x0c000000 | z, 0x0d000000 | z, 0x0e000000 | z, 0x0f000000 | z))};
 }
 PYEFF_LANE U16 load_u16(const uint16_t* p) {
     return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
@@ -201,11 +203,6 @@ PYEFF_LANE F16 select(M16 m, F16 yes, F16 no) {
 PYEFF_LANE U16 select(M16 m, U16 yes, U16 no) {
     return {_mm256_blendv_epi8(no.a, yes.a, m.a), _mm256_blendv_epi8(no.b, yes.b, m.b)};
 }
-PYEFF_LANE F16 zero_where_zero(U16 k, F16 x) {
-    const __m256i zero = _mm256_setzero_si256();
-    return {_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(k.a, zero)), x.a),
-            _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(k.b, zero)), x.b)};
-}
 // Each 128-bit half gathers its low bytes, every operand's into a quarter of its own.
 PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
     const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0x0c080400, -1, -1, -1));
@@ -249,18 +246,14 @@ PYEFF_LANE F16 splat(float x){PYEFF_EACH(F16, x)} PYEFF_LANE U16 splat(uint32_t 
     load_u16(const uint16_t* p){PYEFF_EACH(U16, p[i])} PYEFF_LANE void store(float* p, F16 x) {
     std::memcpy(p, x.v, sizeof x.v);
 }
-PYEFF_LANE U16 load_i8(const uint8_t* p) {
+PYEFF_LANE U16 load_high_u8(const uint8_t* p) {
     U16 r;
-    for (int i = 0; i < LANES; ++i) r.v[i] = static_cast<uint32_t>(static_cast<int8_t>(p[i]));
+    for (int i = 0; i < LANES; ++i) r.v[i] = static_cast<uint32_t>(p[i]) << 24;
     return r;
 }
 PYEFF_LANE U16 max_of(U16 a, U16 b) {
     for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
-}
-PYEFF_LANE F16 zero_where_zero(U16 k, F16 x) {
-    for (int i = 0; i < LANES; ++i) x.v[i] = k.v[i] == 0 ? 0.0f : x.v[i];
-    return x;
 }
 PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
     for (int i = 0; i < LANES; ++i) {

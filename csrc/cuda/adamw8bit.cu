@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     for (int i = 0; i < OWN; ++i) {
         const AdamWLane<float> lane =
             adamw_update(to_float(p.elements[i]), to_float(g.elements[i]),
-                         decode_exp_avg(static_cast<uint32_t>(static_cast<int8_t>(m_code.elements[i])), by_m),
+                         decode_exp_avg(static_cast<uint32_t>(m_code.elements[i]) << 24, by_m),
                          decode_root(static_cast<uint32_t>(v_code.elements[i]), by_v), s);
         from_float(lane.p, p.elements[i]);
         m[i] = lane.m;
