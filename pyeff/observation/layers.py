@@ -5,8 +5,8 @@ Each takes the place of one call of torch. The weight gradient is formed once, b
 with it; the gradient of the input is the one of the layer replaced.
 
 Memory beyond the plain layer: [S] per parameter to keep and, only while a layer runs backward, one of: the workspace of
-`pyeff.ops.linear_grad`; a row [S, n] for each vector of n entries; the normalised input of a norm layer; for an
-embedding, WORKSPACE_BYTES of its sorted gradient.
+`pyeff.ops.linear_grad`; a row [S, n] for each vector of n entries; up to five fp32 copies of the input of a norm layer;
+for an embedding, WORKSPACE_BYTES of its sorted gradient.
 """
 
 from __future__ import annotations
