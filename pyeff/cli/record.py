@@ -237,7 +237,7 @@ def load_run(path: Path | str) -> RunRecord:
 def _parse(file: Path, line_number: int, line: str) -> Event:
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{file}, line {line_number}: not JSON, the file is damaged") from None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         raise UserError(f"{file}, line {line_number}: not an event (an object with a `kind`)")

@@ -64,6 +64,10 @@ class _Columns(_SourceModel):
                 )
             if not value.strip():
                 raise UserError(f'{where}: column "{column}" is empty')
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f'{where}: column "{column}" holds half a surrogate pair, which is no text') from error
             values.append(value)
         return Sample(sample_id, values[0], values[1], values[2] if self.source_column else origin)
 
@@ -109,6 +113,8 @@ class JsonlSource(_Columns):
                         row = json.loads(line)
                     except json.JSONDecodeError as error:
                         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+                    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+                        raise UserError(f"{where}: not readable as JSON ({_first_line(error)})") from error
                     if not isinstance(row, dict):
                         raise UserError(f"{where}: should be a JSON object, but holds {_short_repr(row)}")
                     yield where, row

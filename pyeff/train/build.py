@@ -62,6 +62,8 @@ def with_lora(model: nn.Module, lora: LoRAConfig, *, seed: int) -> nn.Module:
 def lora_linears(model: nn.Module, shape: TransformerShape) -> set[str]:
     """The matrices that carry an adapter, in the words of the FLOP formulas."""
     names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
+    if not names:
+        raise UserError("lora.target_modules: adapters are only trained on linear layers, and none is among these")
     unknown = sorted(name for name in names if name not in _LINEAR_OF_MODULE)
     if unknown:
         raise UserError(

@@ -148,7 +148,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         damaged = [name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged: {error}") from error
     if damaged:
         raise UserError(f"the checkpoint {checkpoint} is damaged: {damaged[0]} has another size than written")

@@ -114,7 +114,8 @@ class RunConfig(_Strict):
     checkpoint_every: float = Field(default=0.2, gt=0, le=1)
     save_model: bool = True
     seed: int = Field(default=0, ge=0, lt=2**31)
-    threads: int | None = Field(default=None, ge=1)
+    # OpenMP ends the process where it cannot make as many as asked for.
+    threads: int | None = Field(default=None, ge=1, le=1024)
     out: Path = Path("runs/latest")
 
     @field_validator("budget")
@@ -226,4 +227,7 @@ def load_config(path: str | Path) -> RunConfig:
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise UserError(f"{path}{line}: {problem}") from error
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        # What PyYAML lets through of a date without such a month, a number too long, a thousand brackets.
+        raise UserError(f"{path}: a value cannot be read as YAML ({error})") from error
     return parse_config(values, name=str(path))

@@ -54,7 +54,14 @@ class EventLog:
         return os.fstat(self._file.fileno()).st_size
 
     def truncate_to(self, offset: int) -> None:
-        """Forget everything after ``offset`` bytes: events of work that will be done again."""
+        """Forget everything after ``offset`` bytes: events of work that will be done again.
+
+        Raises `UserError` when the file is shorter: what a checkpoint counted on is lost.
+        """
+        if not 0 <= offset <= self.offset:
+            raise UserError(
+                f"{self.path} holds {self.offset} bytes, and the checkpoint was made after {offset}: it was cut"
+            )
         self._file.truncate(offset)
 
     def sync(self) -> None:

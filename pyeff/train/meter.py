@@ -7,6 +7,7 @@ exact and read no clock; for a time budget FLOPs are turned into seconds at the 
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -74,7 +75,9 @@ class Meter:
         try:
             beat = json.loads(self._heartbeat.read_text(encoding="utf-8"))
             flops, seconds, tokens = int(beat["flops"]), float(beat["seconds"]), int(beat["tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
+            if not math.isfinite(seconds):
+                raise ValueError(seconds)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             flops, seconds, tokens = 0, 0.0, 0
         total = ledger.table()[-1]
         self.ledger = ledger

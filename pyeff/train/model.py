@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import shutil
@@ -199,6 +200,8 @@ def check_packing(model: nn.Module) -> None:
         repeat = (packed - logits(first, second)[len(first) :]).abs().max().item()
         alone = logits(second)
     difference = (packed - alone).abs().max().item()
+    if not math.isfinite(difference):
+        raise UserError(f"{type(core).__name__} computes logits that are not finite: its weights may hold NaN")
     allowed = math.sqrt(torch.finfo(core.dtype).eps) * alone.abs().max().item()
     if not (leak <= repeat and difference <= allowed):
         raise UserError(
@@ -320,6 +323,7 @@ def _max_positions(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
 def _read(location: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _refuse_pickled_shards(Path(location))
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
@@ -342,6 +346,20 @@ def _read(location: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel
             f'the model "{name}" lacks {len(missing)} weights or has them in another shape, such as {missing[0]}'
         )
     return model, tokenizer
+
+
+def _refuse_pickled_shards(directory: Path) -> None:
+    # transformers goes by the name of each file that the index of a safetensors model names, and unpickles the others.
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        other = sorted(str(file) for file in files if not str(file).endswith(".safetensors"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} cannot be read: {_first_line(error)}") from error
+    if other:
+        raise UserError(f"{index} names {other[0]}, which is no safetensors file: pickled weights are not read")
 
 
 def _smollm2_file() -> Path:

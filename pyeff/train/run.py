@@ -83,20 +83,27 @@ def train_run(
         raise ValueError("config must be given unless a run is resumed")
     else:
         out = config.out
-    out.mkdir(parents=True, exist_ok=True)
-    with OnlyProcess(out):
-        if resume is not None and (end := end_event(out)) is not None:
-            return RunResult(out, end["reason"], end["step"], end)
-        if resume is None and (out / "config.yaml").exists():
-            raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another directory")
-        try:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null byte, half a surrogate pair
+        raise UserError(f"the directory {str(out)!r} cannot be made: {error}") from error
+    try:
+        with OnlyProcess(out):
+            if resume is not None and (end := end_event(out)) is not None:
+                return RunResult(out, end["reason"], end["step"], end)
+            if resume is None and (out / "config.yaml").exists():
+                raise UserError(
+                    f"{out} already holds a run: continue it with --resume {out}, or choose another directory"
+                )
             return _Run(Job(config, out), observers).go(resume=resume is not None)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"the disk that holds {out} is full: free some space, then continue with --resume {out}"
             ) from error
+        if error.errno is None:
+            raise
+        raise UserError(f"{error.filename or out} cannot be read or written: {error.strerror}") from error
 
 
 class _Run:
@@ -134,7 +141,7 @@ class _Run:
         try:
             found = checkpoints.newest_checkpoint(self.out / "checkpoints") if resume else None
             if found is not None:
-                self._restore(*found)
+                self._restore_or_refuse(*found)
             else:
                 self._begin(resumed=resume)
             while self._next():
@@ -575,11 +582,32 @@ class _Run:
         state.checkpoint_seconds = max(state.checkpoint_seconds, meter.ledger.entry(state.phase).seconds - before)
         self._emit("checkpoint", step=state.steps, bytes=size)
 
+    def _restore_or_refuse(self, path: Path, content: dict[str, Any]) -> None:
+        from safetensors import SafetensorError
+
+        try:
+            self._restore(path, content)
+        except UserError:
+            raise
+        except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"the checkpoint {path} does not fit this run or is damaged ({type(error).__name__}: {error}); "
+                "delete it to go on from the one before"
+            ) from error
+
     def _restore(self, path: Path, content: dict[str, Any]) -> None:
         checkpoints.load_into(path / "weights.safetensors", {name: p.data for name, p in self.parameters.items()})
         checkpoints.load_into(path / "ema.safetensors", self.ema.averages)
         moments = checkpoints.load_tensors(path / "optimizer.safetensors")
         self.optimizer.load_state_dict(checkpoints.join_tensors(content["optimizer"], moments))
+        for parameter, moment in self.optimizer.state.items():
+            # torch's fused AdamW trusts these shapes, and would write out of bounds.
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moment and (moment[name].shape, moment[name].dtype) != (parameter.shape, parameter.dtype):
+                    raise ValueError(
+                        f"{name} is {moment[name].dtype} {tuple(moment[name].shape)}, "
+                        f"expected {parameter.dtype} {tuple(parameter.shape)}"
+                    )
         self.ema.steps = content["ema_steps"]
         self.order.load_state_dict(content["order"])
         self.policy.load_state_dict(content["policy"])
