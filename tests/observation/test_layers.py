@@ -55,6 +55,18 @@ def _tied_projection() -> nn.Module:
     return Tied()
 
 
+class Scaled(nn.Module):
+    """Parameters that are scaled before they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+        self.gain = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 0.5 * self.weight.to(x.dtype)) * (self.gain * 3 + 1)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 7, 6)),
     "linear of one token": (lambda: nn.Linear(6, 5, bias=False), (3, 6)),
@@ -67,6 +79,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(1, 0)), (3, 4, 6, 5)),
     "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same", bias=False), (3, 4, 6, 5)),
     "depthwise conv2d": (lambda: nn.Conv2d(4, 8, 3, groups=4), (3, 4, 6, 5)),
+    "scaled": (Scaled, (3, 4, 6)),
     "gains": (Gains, (3, 4, 6)),
     "positions": (Positions, (3, 4, 6)),
     "tied": (_tied_projection, (3, 12, 6)),
