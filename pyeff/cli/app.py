@@ -66,12 +66,10 @@ def run(
     overrides = {"policy": policy, "budget": budget, "out": None if out is None else str(out), "seed": seed}
     given = {key: value for key, value in overrides.items() if value is not None}
     settings = _settings(config, given, resume)
-    from rich.console import Console
-
     from pyeff.cli.display import display
     from pyeff.train import train_run
 
-    console = Console()
+    console = _console()
     if resume is not None and (resume / "result.json").is_file():
         console.print(f"{resume} is finished: there is nothing to resume.", markup=False, soft_wrap=True)
         _finish(console, resume)
@@ -90,9 +88,7 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, finished or not.")],
 ) -> None:
     """Write report.html and plots/*.png of a run again, from its events alone."""
-    from rich.console import Console
-
-    _finish(Console(), directory)
+    _finish(_console(), directory)
 
 
 @app.command()
@@ -104,14 +100,12 @@ def compare(
     ] = None,
 ) -> None:
     """Set two runs side by side at equal spending."""
-    from rich.console import Console
-
     from pyeff.cli import tables
     from pyeff.cli.compare import compare_runs, write_comparison
     from pyeff.cli.record import load_run
 
     compared = compare_runs(load_run(first), load_run(second))
-    console = Console()
+    console = _console()
     console.print(tables.comparison(compared))
     names = f"compare-{compared.first.name}-{compared.second.name}"
     _point_to(console, write_comparison(compared, out or compared.second.path.resolve().parent / names))
@@ -120,12 +114,17 @@ def compare(
 @app.command()
 def info() -> None:
     """Show versions, devices, the compiled extension and which implementation each operation takes."""
-    from rich.console import Console
-
     import pyeff
     from pyeff.cli import tables
 
-    Console().print(tables.installed(pyeff.info()))
+    _console().print(tables.installed(pyeff.info()))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Names of models, runs and sources are text: a path may hold [brackets] or :colons:.
+    return Console(markup=False, emoji=False)
 
 
 def _settings(config: Path | None, given: Mapping[str, object], resume: Path | None) -> RunConfig:

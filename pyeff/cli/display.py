@@ -213,7 +213,8 @@ class LiveDisplay(Progress):
         name = self.model.get("name", "model")
         title = f"pyeff · {name} · {self.policy} · budget {self.scale.text(self.budget)}"
         body = Group(self._bar(width), self._legend(), Text(), rows)
-        return Panel(body, title=title, title_align="left", width=width + 4, padding=(0, 1))
+        # A title that is a plain string is read as markup, whatever the console is told.
+        return Panel(body, title=Text(title), title_align="left", width=width + 4, padding=(0, 1))
 
     def _bar(self, width: int) -> Text:
         width -= 2

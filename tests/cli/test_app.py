@@ -232,3 +232,11 @@ def test_the_examples_run(name):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_names_of_runs_are_printed_as_they_are(make_run, capsys):
+    first, second = make_run("[bold]a"), make_run("b[nowhere]:x:")
+    assert run_app(["compare", str(first), str(second), "--out", str(first.parent / "out")]) == 0
+    table = capsys.readouterr().out
+    assert "[bold]a" in table
+    assert "b[nowhere]:x:" in table

@@ -131,3 +131,13 @@ def test_a_sparkline_is_never_wider_than_asked_and_spans_its_range(values, width
     assert len(line) == min(width, len(values))
     if len(set(values)) > 1 and len(values) <= width:
         assert {"▁", "█"} <= set(line)
+
+
+@pytest.mark.parametrize("name", ["models/[red]tiny[/red]", "models/[/nothing]", "models/:smile:"])
+def test_the_name_of_a_model_is_shown_as_it_is(make_run, name):
+    events = load_run(make_run()).events
+    events[0]["model"]["name"] = name
+    shown = LiveDisplay(terminal())
+    for event in events:
+        Progress.__call__(shown, event)
+    assert name in panel(shown)
