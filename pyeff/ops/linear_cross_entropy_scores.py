@@ -275,8 +275,9 @@ def _check(
         raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
     if bias is not None and bias.dtype not in _FLOATS:
         raise TypeError(f"bias must be floating point, got {bias.dtype}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+    # In float32 a smaller one is 0, which stands for none, and a larger one infinite.
+    if softcap is not None and not torch.finfo(torch.float32).tiny <= softcap <= torch.finfo(torch.float32).max:
+        raise ValueError(f"softcap must be a positive number within the range of float32 or None, got {softcap!r}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if targets.device.type == "cpu" and targets.numel():

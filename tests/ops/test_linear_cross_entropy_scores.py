@@ -482,6 +482,7 @@ H, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long)
         ((H, W, Y), {"bias": torch.zeros(5, dtype=torch.long)}, TypeError, "bias must be floating point"),
         ((H, W, Y), {"softcap": 0.0}, ValueError, "softcap must be a positive number"),
         ((H, W, Y), {"softcap": INF}, ValueError, "softcap must be a positive number"),
+        ((H, W, Y), {"softcap": 1e-300}, ValueError, "softcap must be a positive number"),
         ((H, W, Y), {"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
         ((H, W, [0, 0, 0]), {}, TypeError, "targets must be a tensor, got list"),
         ((H, W, torch.tensor([0, 5, 0])), {}, ValueError, r"targets must be in \[0, 5\).*got 5 at position 1"),
