@@ -51,7 +51,7 @@ def test_operations_import_without_triton_and_touch_no_cuda() -> None:
         + """
 import torch
 import pyeff, pyeff.ops, pyeff.optim
-pyeff.linear_cross_entropy_scores, pyeff.adamw8bit_step, pyeff.info, pyeff.explain
+pyeff.linear_cross_entropy_scores, pyeff.adamw8bit_step, pyeff.observe, pyeff.info, pyeff.explain
 loaded = [name for name in sys.modules if name.split('.')[0] in BLOCKED]
 assert not loaded, loaded
 assert not torch.cuda.is_initialized()
