@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,14 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        sizes = {}
+        written = {}
         for name, tensors in groups.items():
             file = partial / f"{name}.safetensors"
             save_file({key: value.detach() for key, value in tensors.items()}, file)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-            sizes[file.name] = file.stat().st_size
-        write_text_atomic(partial / "state.json", json.dumps({**state, "step": step, "files": sizes}))
+            written[file.name] = fingerprint(file)
+        write_text_atomic(partial / "state.json", json.dumps({**state, "step": step, "files": written}))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk as its own error type, with the reason in its text.
@@ -130,6 +131,16 @@ def save_checkpoint(
     return total
 
 
+def fingerprint(file: Path) -> dict[str, int]:
+    """Bytes and CRC-32 of a file's content: what tells a damaged file from the one that was written."""
+    size = crc = 0
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 22):
+            size += len(chunk)
+            crc = zlib.crc32(chunk, crc)
+    return {"bytes": size, "crc32": crc}
+
+
 def remove_partial(root: Path) -> None:
     """Delete what a kill left half-written or half-deleted."""
     if root.is_dir():
@@ -143,15 +154,16 @@ def remove_partial(root: Path) -> None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint.
 
-    Raises `UserError` when it cannot be read or a tensor file is missing or has another size than written.
+    Raises `UserError` when it cannot be read, or a tensor file is missing or does not hold what was written. Reads
+    every file once.
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        damaged = [name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size]
+        damaged = [name for name, written in state["files"].items() if fingerprint(checkpoint / name) != written]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged: {error}") from error
     if damaged:
-        raise UserError(f"the checkpoint {checkpoint} is damaged: {damaged[0]} has another size than written")
+        raise UserError(f"the checkpoint {checkpoint} is damaged: {damaged[0]} does not hold what was written")
     return state
 
 

@@ -50,6 +50,7 @@ class Job:
             self.loaded.tokenizer,
             max_tokens=min(config.data.max_tokens, self.loaded.max_positions),
         )
+        self._refuse_long_answers()
         check_packing(self.model)
         if config.policy == "governor" and not check_head(self.model):
             raise UserError(
@@ -97,6 +98,17 @@ class Job:
         """The four sets of samples by name."""
         task = self.task
         return {"pool": task.pool, "anchors": task.anchors, "holdout": task.holdout, "target": task.target}
+
+    def _refuse_long_answers(self) -> None:
+        """Raise where answering in words would go beyond the positions that the model was made for."""
+        data, holdout = self.config.data, self.task.holdout
+        answered = [holdout[i].prompt_length for i in range(min(data.exact_match, len(holdout)))]
+        longest = max(answered, default=0) + data.max_new_tokens - 1  # the last token is never fed back
+        if answered and longest > self.loaded.max_positions:
+            raise UserError(
+                f"data.max_new_tokens ({data.max_new_tokens}) after the longest prompt needs {longest} positions, and "
+                f"{self.config.model} has {self.loaded.max_positions}: lower it"
+            )
 
     @staticmethod
     def _batch_flops(batch: PackedBatch, cost: Cost) -> int:

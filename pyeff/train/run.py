@@ -531,8 +531,10 @@ class _Run:
             self.job.loaded.tokenizer.save_pretrained(str(partial))
         except Exception as error:  # safetensors and the file system raise their own
             shutil.rmtree(partial, ignore_errors=True)
-            self._emit("warning", message=f"the trained model could not be written to {final}: {error}")
-            return
+            raise UserError(
+                f"the trained model could not be written to {final} ({error}): make room, then --resume {self.out} "
+                "goes on from the last checkpoint"
+            ) from error
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
 

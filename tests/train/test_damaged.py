@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pyeff.data import JsonlSource
 from pyeff.errors import UserError
+from pyeff.train.checkpoint import fingerprint
 from pyeff.train.config import load_config, parse_config
 from pyeff.train.model import load_model
 from pyeff.train.run import train_run
@@ -51,7 +52,12 @@ def change_json(file: Path, change: Callable[[Any], Any]) -> None:
 def shorten_moments(checkpoint: Path) -> None:
     file = checkpoint / "optimizer.safetensors"
     save_file({key: value.flatten()[:1].clone() for key, value in load_file(file).items()}, file)
-    change_json(checkpoint / "state.json", lambda state: state["files"].update({file.name: file.stat().st_size}))
+    sign(checkpoint, file)
+
+
+def sign(checkpoint: Path, file: Path) -> None:
+    """Make a changed file pass for the one that was written."""
+    change_json(checkpoint / "state.json", lambda state: state["files"].update({file.name: fingerprint(file)}))
 
 
 def scramble_header(checkpoint: Path) -> None:
@@ -59,9 +65,14 @@ def scramble_header(checkpoint: Path) -> None:
     file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
 
 
+def signed_noise(checkpoint: Path) -> None:
+    scramble_header(checkpoint)
+    sign(checkpoint, checkpoint / "weights.safetensors")
+
+
 DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
     "moments of another shape": lambda run, newest: shorten_moments(newest),
-    "a header of noise": lambda run, newest: scramble_header(newest),
+    "a header of noise": lambda run, newest: signed_noise(newest),
     "no state": lambda run, newest: change_json(newest / "state.json", lambda state: state.pop("state")),
     "order of another pool": lambda run, newest: change_json(
         newest / "state.json", lambda state: state["order"].update(indices=[10**9])
@@ -84,6 +95,57 @@ def test_a_damaged_run_is_refused_in_a_sentence_that_names_it(stopped: Path, tmp
         train_run(resume=run)
     if damage == "events lost":
         assert (run / "events.jsonl").read_bytes() == b"", "a log was filled up with zeros"
+
+
+def flip_one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda newest: scramble_header(newest),
+        lambda newest: flip_one_bit(newest / "weights.safetensors"),
+        lambda newest: flip_one_bit(newest / "optimizer.safetensors"),
+        lambda newest: (newest / "ema.safetensors").unlink(),
+    ],
+    ids=["header", "bit of the weights", "bit of the moments", "file lost"],
+)
+def test_a_damaged_checkpoint_costs_only_the_way_from_the_one_before(
+    stopped: Path, tmp_path: Path, damage: Callable[[Path], Any]
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    shutil.copytree(stopped, whole)
+    shutil.copytree(stopped, run)
+    damage(max((run / "checkpoints").iterdir()))
+    assert train_run(resume=run).end["holdout"] == train_run(resume=whole).end["holdout"]
+    assert (
+        load_file(run / "model" / "model.safetensors").keys() == load_file(whole / "model" / "model.safetensors").keys()
+    )
+    for name, tensor in load_file(run / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(whole / "model" / "model.safetensors")[name]), name
+
+
+def test_a_model_that_cannot_be_written_leaves_a_run_that_can_go_on(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match=r"--resume|disk"):
+            train_run(resume=run)
+    assert not (run / "result.json").exists()
+    assert train_run(resume=run).end["holdout"]["after"] > 0
+    assert (run / "model" / "model.safetensors").exists()
+
+
+def test_answers_longer_than_the_positions_of_the_model_are_refused(task_config: dict[str, Any], tmp_path: Path):
+    data = {**task_config["data"], "max_new_tokens": 100_000}
+    with pytest.raises(UserError, match="max_new_tokens"):
+        train_run(parse_config({**task_config, "data": data, "out": str(tmp_path / "run")}))
 
 
 @pytest.mark.parametrize(
