@@ -98,7 +98,7 @@ def test_one_large_parameter(contest: Callable[..., Any], device: str, dtype: to
         "pyeff AdamW8bit",
         functions,
         baseline="torch fused AdamW, fp32",
-        target=fused_target(),
+        target=fused_target() if dtype == torch.float32 else None,
         bytes=moved,
         bound="a copy of as many bytes",
     )

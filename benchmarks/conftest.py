@@ -107,6 +107,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
 
 def _record(result: Result) -> dict[str, Any]:
     record: dict[str, Any] = {
+        "contender": result.name,
         "baseline": result.baseline,
         "ratio": {"minimum": result.ratio.minimum, "median": result.ratio.median},
         "target": result.target,

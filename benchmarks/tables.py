@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md",)
 BEGIN, END = "<!-- tables:begin -->", "<!-- tables:end -->"
 GPU = "any NVIDIA GPU"
 MISSING = "not measured yet"
@@ -45,22 +44,35 @@ def cell(result: dict[str, Any] | None, contender: str) -> str:
     return f"{1e3 * seconds:.3g} ms ({ratio:.2f} x)"
 
 
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """One row per benchmark: our time on each device and its ratio to the baseline."""
+    devices = list(results)
+    lines = [f"| benchmark | against | target | {' | '.join(devices)} |", "|---|---|---|" + "---|" * len(devices)]
+    for node, by_device in _by_node(results):
+        first = next(result for result in by_device.values() if result)
+        target = f"{first['target']:g} x" if first.get("target") else ""
+        cells = " | ".join(cell(by_device[device], first["contender"]) for device in devices)
+        lines.append(f"| {first['contender']}: {heading(node)} | {first['baseline']} | {target} | {cells} |")
+    return "\n".join(lines)
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """One row per contender, one column per device; ratios are to the contender marked as baseline."""
     devices = list(results)
     lines = [f"| benchmark | contender | {' | '.join(devices)} |", "|---|---|" + "---|" * len(devices)]
-    for node in sorted({node for found in results.values() for node in found}):
-        by_device = {device: results[device].get(node) for device in devices}
+    for node, by_device in _by_node(results):
         measured = [result for result in by_device.values() if result]
         contenders = dict.fromkeys(name for result in measured for name in result["seconds"])
-        baseline = measured[0]["baseline"]
-        target = next((result["target"] for result in measured if result.get("target")), None)
-        title = heading(node) + (f"; target {target:g} x" if target else "")
         for position, contender in enumerate(contenders):
-            name = f"{contender} (baseline)" if contender == baseline else contender
+            name = f"{contender} (baseline)" if contender == measured[0]["baseline"] else contender
             cells = " | ".join(cell(by_device[device], contender) for device in devices)
-            lines.append(f"| {title if position == 0 else ''} | {name} | {cells} |")
+            lines.append(f"| {heading(node) if position == 0 else ''} | {name} | {cells} |")
     return "\n".join(lines)
+
+
+def _by_node(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, dict[str, Any] | None]]]:
+    nodes = sorted({node for found in results.values() for node in found})
+    return [(node, {device: found.get(node) for device, found in results.items()}) for node in nodes]
 
 
 def rendered(text: str, body: str) -> str:
@@ -75,9 +87,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a document is not current")
     check = parser.parse_args().check
-    body = table(load())
+    results = load()
+    bodies = {ROOT / "README.md": summary(results), ROOT / "docs" / "benchmarks.md": table(results)}
     stale = []
-    for document in DOCUMENTS:
+    for document, body in bodies.items():
         text = document.read_text()
         current = rendered(text, body)
         if current != text:
