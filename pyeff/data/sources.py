@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +34,9 @@ class _SourceModel(BaseModel):
         default=None, gt=0, description="leave out samples whose prompt and answer together are longer"
     )
 
+    @abstractmethod
     def read(self) -> list[Sample]:
         """The samples of this source, before corruption."""
-        raise NotImplementedError
 
     def _short(self, sample: Sample) -> bool:
         return self.max_characters is None or len(sample.prompt) + len(sample.answer) <= self.max_characters

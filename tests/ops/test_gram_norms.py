@@ -7,8 +7,8 @@ import itertools
 import math
 import subprocess
 import sys
-from typing import NamedTuple
 
+import backends
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,37 +19,18 @@ from torch import Tensor
 import pyeff
 from pyeff.ops._dispatch import interpreting
 
-# The interpreter computes with NumPy, which warns where a GPU would return inf or NaN without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+pytestmark = backends.quiet_interpreter
 
 
-class Backend(NamedTuple):
-    impl: str
-    device: str
-
+class Backend(backends.Backend):
     def norms(self, inputs: Tensor, grad_outputs: Tensor, borders: list[int]) -> Tensor:
         """The squared norms, back on the CPU."""
         cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=self.device)
         return pyeff.gram_norms(inputs.to(self.device), grad_outputs.to(self.device), cu_seqlens, impl=self.impl).cpu()
 
-    def supports(self, dtype: torch.dtype) -> bool:
-        return not (self.impl == "triton" and self.device == "cpu" and dtype == torch.bfloat16)
 
-
-BACKENDS = [Backend("reference", "cpu"), Backend("cpu", "cpu")]
-if interpreting():
-    BACKENDS.append(Backend("triton", "cpu"))
-ALL_BACKENDS = [
-    *BACKENDS,
-    *(pytest.param(Backend(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("reference", "triton")),
-]
-
-
-def name_of(value: object) -> str | None:
-    return f"{value.impl}-{value.device}" if isinstance(value, Backend) else None
-
-
-every_backend = pytest.mark.parametrize("backend", ALL_BACKENDS, ids=name_of)
+BACKENDS = backends.on_cpu(Backend)
+every_backend = backends.on_every(Backend)
 
 
 def borders_of(lengths: list[int]) -> list[int]:
@@ -165,7 +146,7 @@ def test_any_strides(backend: Backend, dtype: torch.dtype) -> None:
         *(b for b in BACKENDS if b.impl != "reference"),
         pytest.param(Backend("triton", "cuda"), marks=pytest.mark.gpu),
     ],
-    ids=name_of,
+    ids=backends.name_of,
 )
 def test_repeats_give_the_same_bits(backend: Backend) -> None:
     case = problem([70, 70, 3, 300], 50, 40)

@@ -7,8 +7,9 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
+import backends
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,17 +21,12 @@ from torch.nn.functional import cross_entropy
 import pyeff
 from pyeff import TokenScores
 from pyeff._extension import extension
-from pyeff.ops._dispatch import interpreting
 from pyeff.reference.linear_cross_entropy_scores import FIELDS
 
-# The interpreter computes with NumPy, which warns where a GPU would return inf or NaN without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+pytestmark = backends.quiet_interpreter
 
 
-class Backend(NamedTuple):
-    impl: str
-    device: str
-
+class Backend(backends.Backend):
     def scores(self, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> TokenScores:
         """The scores, back on the CPU."""
         moved = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -38,24 +34,9 @@ class Backend(NamedTuple):
         found = pyeff.linear_cross_entropy_scores(*inputs, **moved, impl=self.impl)
         return TokenScores(**{name: getattr(found, name).cpu() for name in (*FIELDS, "scored")})
 
-    def supports(self, dtype: torch.dtype) -> bool:
-        return not (self.impl == "triton" and self.device == "cpu" and dtype == torch.bfloat16)
 
-
-BACKENDS = [Backend("reference", "cpu"), Backend("cpu", "cpu")]
-if interpreting():
-    BACKENDS.append(Backend("triton", "cpu"))
-ALL_BACKENDS = [
-    *BACKENDS,
-    *(pytest.param(Backend(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("reference", "triton")),
-]
-
-
-def name_of(value: object) -> str | None:
-    return f"{value.impl}-{value.device}" if isinstance(value, Backend) else None
-
-
-every_backend = pytest.mark.parametrize("backend", ALL_BACKENDS, ids=name_of)
+BACKENDS = backends.on_cpu(Backend)
+every_backend = backends.on_every(Backend)
 
 
 def problem(n: int, d: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,7 +247,7 @@ def test_offsets_beyond_32_bits(backend: Backend) -> None:
     assert_accurate(backend.scores(hidden, spread(weight), targets), hidden, weight, targets)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.impl != "reference"], ids=name_of)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.impl != "reference"], ids=backends.name_of)
 def test_repeats_give_the_same_bits(backend: Backend) -> None:
     inputs = problem(150, 24, 1100)
     first, again = backend.scores(*inputs), backend.scores(*inputs)

@@ -9,8 +9,9 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
+import backends
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,16 +24,12 @@ from pyeff import LinearGrad
 from pyeff._extension import extension
 from pyeff.ops._dispatch import interpreting
 
-# The interpreter computes with NumPy, which warns where a GPU would return inf or NaN without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+pytestmark = backends.quiet_interpreter
 
 FIELDS = ("weight_grad", "norms_sq", "dots")
 
 
-class Backend(NamedTuple):
-    impl: str
-    device: str
-
+class Backend(backends.Backend):
     def grad(self, inputs: Tensor, grad_outputs: Tensor, borders: list[int], **options: Any) -> LinearGrad:
         """The result, back on the CPU."""
         moved = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -46,24 +43,9 @@ class Backend(NamedTuple):
         fields = {name: getattr(found, name) for name in FIELDS}
         return LinearGrad(**{name: value if value is None else value.cpu() for name, value in fields.items()})
 
-    def supports(self, dtype: torch.dtype) -> bool:
-        return not (self.impl == "triton" and self.device == "cpu" and dtype == torch.bfloat16)
 
-
-BACKENDS = [Backend("reference", "cpu"), Backend("cpu", "cpu")]
-if interpreting():
-    BACKENDS.append(Backend("triton", "cpu"))
-ALL_BACKENDS = [
-    *BACKENDS,
-    *(pytest.param(Backend(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("reference", "triton")),
-]
-
-
-def name_of(value: object) -> str | None:
-    return f"{value.impl}-{value.device}" if isinstance(value, Backend) else None
-
-
-every_backend = pytest.mark.parametrize("backend", ALL_BACKENDS, ids=name_of)
+BACKENDS = backends.on_cpu(Backend)
+every_backend = backends.on_every(Backend)
 
 
 def borders_of(lengths: list[int]) -> list[int]:
@@ -254,7 +236,7 @@ def test_offsets_beyond_32_bits(backend: Backend) -> None:
         *(b for b in BACKENDS if b.impl != "reference"),
         pytest.param(Backend("triton", "cuda"), marks=pytest.mark.gpu),
     ],
-    ids=name_of,
+    ids=backends.name_of,
 )
 def test_repeats_give_the_same_bits(backend: Backend) -> None:
     inputs, grad_outputs, borders, reference = problem([70, 70, 3, 140], 150, 140)
