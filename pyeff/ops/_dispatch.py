@@ -82,12 +82,16 @@ class Operation:
     """An operation's implementations in the order `auto` tries them, and what each refuses.
 
     `limits(impl, *args, **kwargs)` gets the arguments of the public function and returns why `impl` cannot take them,
-    or None. The order must end in "reference", which takes everything.
+    or None. `environment(impl, device)` says why this machine cannot run `impl`, for operations that have
+    implementations of their own; `order(*args, **kwargs)` is the order for these arguments, where it depends on them.
+    The order must end in "reference", which takes everything.
     """
 
     name: str
     implementations: tuple[str, ...]
     limits: Callable[..., str | None] = _no_limits
+    environment: Callable[[str, str], str | None] = environment_problem
+    order: Callable[..., tuple[str, ...]] | None = None
 
     def explain(self, *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
         """The implementation this call would use; ValueError or RuntimeError if an explicit one cannot."""
@@ -97,13 +101,13 @@ class Operation:
                 raise ValueError(
                     f"impl must be 'auto' or one of {', '.join(self.implementations)} for {self.name}; got {impl!r}"
                 )
-            problem = environment_problem(impl, device) or self.limits(impl, *args, **kwargs)
+            problem = self.environment(impl, device) or self.limits(impl, *args, **kwargs)
             if problem:
                 raise RuntimeError(f"{self.name}: impl={impl!r} cannot be used: {problem}")
             return Explanation(self.name, device, impl, "asked for")
         refused: dict[str, str] = {}
-        for name in self.implementations:
-            problem = environment_problem(name, device)
+        for name in self.order(*args, **kwargs) if self.order else self.implementations:
+            problem = self.environment(name, device)
             if problem is None and name == "triton" and device == "cpu":
                 problem = "the interpreter is for tests; ask for it with impl='triton'"
             problem = problem or self.limits(name, *args, **kwargs)
@@ -117,7 +121,7 @@ class Operation:
         """What `auto` takes on a device type, limits of the arguments aside."""
         refused: dict[str, str] = {}
         for name in self.implementations:
-            problem = environment_problem(name, device)
+            problem = self.environment(name, device)
             if problem is None and not (name == "triton" and device == "cpu"):
                 return Explanation(self.name, device, name, "first in order that can run", refused)
             refused[name] = problem or "the interpreter is for tests"
