@@ -1,7 +1,24 @@
-"""What a sample is worth: scores of a pool from forward passes alone."""
+"""What a sample is worth: GraNd, EL2N and their kind as resumable tables, and a pool scored in one forward pass."""
 
 from __future__ import annotations
 
+from pyeff.scoring.el2n import EL2N
+from pyeff.scoring.grand import GraNd
+from pyeff.scoring.method import ScoreMethod
 from pyeff.scoring.pool import FIELDS, PoolScores, answer_embeddings, cosine_similarity, score_batches
+from pyeff.scoring.scores import Scores, average
+from pyeff.scoring.store import read_scores
 
-__all__ = ["FIELDS", "PoolScores", "answer_embeddings", "cosine_similarity", "score_batches"]
+__all__ = [
+    "EL2N",
+    "FIELDS",
+    "GraNd",
+    "PoolScores",
+    "ScoreMethod",
+    "Scores",
+    "answer_embeddings",
+    "average",
+    "cosine_similarity",
+    "read_scores",
+    "score_batches",
+]

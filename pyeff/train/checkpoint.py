@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyeff._files import PARTIAL, fsync_directory, write_text_atomic
 from pyeff.errors import UserError
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
-_PARTIAL = ".partial-"
 # Room for state.json, the safetensors headers and the logs that grow until the next checkpoint.
 _MARGIN_BYTES = 16 << 20
 
@@ -42,31 +42,9 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 
-def fsync_directory(directory: Path) -> None:
-    """Force the names in ``directory`` to disk, so that a rename survives a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomic(path: Path, text: str, *, sync: bool = True) -> None:
-    """Replace ``path`` by ``text`` in one step: a reader sees the old content or the new, never a part."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    partial.replace(path)
-    if sync:
-        fsync_directory(path.parent)
-
-
 def _discard(directory: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves nothing that looks complete."""
-    doomed = directory.with_name(f"{_PARTIAL}old-{directory.name}")
+    doomed = directory.with_name(f"{PARTIAL}old-{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.replace(doomed)
     shutil.rmtree(doomed)
@@ -102,7 +80,7 @@ def save_checkpoint(
     free = free_bytes(root)
     if needed > free:
         raise NoSpaceError(f"a checkpoint needs {needed / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free")
-    partial = root / f"{_PARTIAL}step-{step:06d}"
+    partial = root / f"{PARTIAL}step-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -144,7 +122,7 @@ def fingerprint(file: Path) -> dict[str, int]:
 def remove_partial(root: Path) -> None:
     """Delete what a kill left half-written or half-deleted."""
     if root.is_dir():
-        for path in root.glob(f"{_PARTIAL}*"):
+        for path in root.glob(f"{PARTIAL}*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

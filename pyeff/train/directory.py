@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from pyeff.errors import UserError
 from pyeff.train.config import RunConfig, load_config
@@ -33,26 +31,3 @@ def end_event(out: Path) -> Event | None:
     if end is None:
         raise UserError(f"{out} has a result.json but no end in its events.jsonl: the directory is damaged")
     return end
-
-
-class OnlyProcess:
-    """Hold the directory's lock: two processes writing one run would tear it. The kernel frees it on a kill."""
-
-    def __init__(self, out: Path) -> None:
-        self._path = out / "lock"
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> None:
-        with suppress(ImportError):  # Windows has no fcntl; there the lock is left out
-            import fcntl
-
-            self._file = self._path.open("w")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._file.close()
-                raise UserError(f"another process is running in {self._path.parent}") from error
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()

@@ -12,8 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from pyeff._files import write_text_atomic
 from pyeff.governor import Budget, Cost, Ledger
-from pyeff.train.checkpoint import write_text_atomic
 
 _LEARNING = ("train", "cooldown")
 

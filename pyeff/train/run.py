@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyeff._files import OnlyProcess
 from pyeff.data import DataOrder, PackedBatch, label_positions
 from pyeff.errors import UserError
 from pyeff.governor import Ledger, paired_gain
@@ -36,7 +37,7 @@ from pyeff.scoring import PoolScores, cosine_similarity
 from pyeff.selection import Selection, select
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.config import RunConfig
-from pyeff.train.directory import OnlyProcess, changed_key, end_event, stored_config
+from pyeff.train.directory import changed_key, end_event, stored_config
 from pyeff.train.evaluate import summarize_losses, summed_loss
 from pyeff.train.events import Event, EventLog, Observer
 from pyeff.train.job import Job

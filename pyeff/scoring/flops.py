@@ -1,0 +1,38 @@
+"""FLOPs of one batch of any module, by torch's counter, which is told what the operations here multiply."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyeff.ops  # noqa: F401  (registers the operations below)
+
+
+def _linear_grad(inputs: Tensor, grad_outputs: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * inputs.shape[0] * inputs.shape[1] * grad_outputs.shape[1]
+
+
+def _gram_norms(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *args: Any, **kwargs: Any) -> int:
+    pairs = sum((end - begin) ** 2 for begin, end in pairwise(cu_seqlens.tolist()))
+    return pairs * (inputs.shape[1] + grad_outputs.shape[1])
+
+
+def _scores(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * hidden.shape[0] * weight.numel()
+
+
+def flop_counter() -> Any:
+    """A `torch.utils.flop_counter.FlopCounterMode` that knows pyeff's own operations too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    formulas = {
+        torch.ops.pyeff.linear_grad: _linear_grad,
+        torch.ops.pyeff.gram_norms: _gram_norms,
+        torch.ops.pyeff.linear_cross_entropy_scores: _scores,
+    }
+    for formula in formulas.values():
+        formula._get_raw = True  # type: ignore[attr-defined]  # tensors instead of their shapes
+    return FlopCounterMode(display=False, custom_mapping=formulas)

@@ -1,0 +1,163 @@
+"""What every method of scoring shares: batches, resuming, cost, progress. A method says what a batch's scores are."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyeff.scoring.classification import Classification
+from pyeff.scoring.scores import Scores, shares
+from pyeff.scoring.store import ScoreStore
+from pyeff.scoring.work import ScoredBatch, Work, device_of, evaluating, model_fingerprint
+
+
+class ScoreMethod(ABC):
+    """A way to say what samples are worth. Subclasses say what the scores of one batch are.
+
+    To add a method, give it a `name` and `classify`; everything else (batches, Parquet, resuming, cost) is here.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The method with its variant, as it stands in the table: equal names must mean equal formulas."""
+
+    @abstractmethod
+    def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+        """Scores [B] of a batch of a classifier; ``targets`` [B] are class numbers on the model's device."""
+
+    def score(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        *,
+        path: str | Path | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        checkpoint: str = "",
+        resume: bool = True,
+        progress: bool = True,
+        workers: int = 0,
+    ) -> Scores:
+        """Score every sample of a data set.
+
+        Args:
+            model: A classifier: a module that maps inputs to logits [B, C], or to something with these as ``logits``.
+                It is scored in evaluation mode and left in its own, with its parameters and their ``.grad`` untouched.
+            dataset: Tensors ``(x, y)`` or ``(ids, x, y)``, or any map-style data set of ``(x, y)`` or ``(id, x, y)``.
+                ``y`` are class numbers; ids are unique strings or integers, without them the places in the data set.
+            path: A directory to stream the table to, as Parquet parts that a kill leaves whole. Called again with the
+                same arguments, scoring goes on where it stopped and ends with the same scores, bit for bit on the
+                same machine with as many threads (the seconds are those that each part took). None keeps the
+                table in memory.
+            batch_size: Samples of a batch.
+            seed: Stands in the table; and torch's generator is seeded with it and the batch's number before each
+                batch, so that a data set or model that draws random numbers draws them again. The generator is left as
+                it was.
+            checkpoint: Stands in the table: which state of the model was scored.
+            resume: Go on with the scores at ``path``; if False, a ``path`` that holds scores is refused.
+            progress: Show a bar where standard error is a terminal.
+            workers: Processes that load samples, as in torch's `DataLoader`; random numbers that they draw are their
+                own and not repeated.
+
+        Returns:
+            The scores in the order of the data set. NaN where the logits are not finite.
+
+        Raises:
+            ValueError: the data set is empty, an id is missing or there twice, a target is no class of the model.
+                With a ``path``, what was scored before it is kept.
+            UserError: ``path`` holds something else, scores of another model, data set or method, or a damaged part; it
+                is left as it was.
+
+        Cost: see the method; in the table, FLOPs as torch counts them (matrix products and convolutions) at the first
+        batch of each shape, and measured seconds. A ``path`` costs reading the model's parameters once, for a
+        fingerprint.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        work = Classification(model, dataset, batch_size=batch_size, workers=workers)
+        return self._score(model, work, path=path, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
+
+    def _score(
+        self,
+        model: nn.Module,
+        work: Work,
+        *,
+        path: str | Path | None,
+        seed: int,
+        checkpoint: str,
+        resume: bool,
+        progress: bool,
+    ) -> Scores:
+        header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
+        if path is not None:
+            header |= {"model": model_fingerprint(model), **work.describe()}
+        directory = None if path is None else Path(path)
+        with ScoreStore(directory, header, resume=resume) as store:
+            missing = [batch for batch in range(work.batches) if batch not in store.done]
+            work.known(store.ids)
+            with evaluating(model), _seeding(model) as reseed, _bar(progress, work, store, self.name) as advance:
+                batches = work.run(self, missing)
+                for number in missing:
+                    reseed(seed, number)
+                    started = time.perf_counter()
+                    scored = next(batches)
+                    store.append(number, _rows(scored, time.perf_counter() - started))
+                    advance(len(scored.index))
+            return store.scores()
+
+
+def _rows(scored: ScoredBatch, seconds: float) -> dict[str, Sequence[Any]]:
+    whole = sum(scored.weights) or 1
+    return {
+        "index": scored.index,
+        "id": scored.ids,
+        "score": [float(value) for value in scored.scores],
+        "flops": shares(scored.flops, scored.weights),
+        "seconds": [seconds * weight / whole for weight in scored.weights],
+    }
+
+
+@contextmanager
+def _seeding(model: nn.Module) -> Iterator[Any]:
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+
+    def reseed(seed: int, batch: int) -> None:
+        # One odd constant apart, so that the batches of neighbouring seeds share no state.
+        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + batch) % 2**63)
+
+    with torch.random.fork_rng(devices=devices):
+        yield reseed
+
+
+@contextmanager
+def _bar(show: bool, work: Work, store: ScoreStore, name: str) -> Iterator[Any]:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda count: None
+        return
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bars:
+        task = bars.add_task(name, total=work.samples, completed=len(store))
+        yield lambda count: bars.advance(task, count)

@@ -1,0 +1,240 @@
+"""Scores on disk while they are made: a directory of Parquet parts that a kill leaves complete or absent.
+
+``header.json`` says whose scores they are. A part ``part-000012.parquet`` holds the rows of whole batches, the first
+of them batch 12, and names in its metadata the header it belongs to and its batches; it is written under another name,
+forced to disk and renamed. Which batches are done is read from the parts, so what is missing, at the end or in a gap,
+is made again and nothing else. Pages carry checksums. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyeff._files import PARTIAL, OnlyProcess, write_atomic, write_text_atomic
+from pyeff.errors import UserError
+from pyeff.scoring.scores import SampleId, Scores, arrow, schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# A kill costs what was scored since the last part: at most so long, or so many rows.
+PART_SECONDS = 15.0
+PART_ROWS = 1 << 16
+
+_HEADER = "header.json"
+_FORMAT = 1
+_PART = re.compile(r"part-(\d{6,})\.parquet")
+_KEY = b"pyeff.scores"
+
+
+class ScoreStore:
+    """Rows of a scoring, by batch: in memory and, with a ``path``, in the directory of that name.
+
+    ``header`` is JSON and says what was scored by what and how; a directory with another one is refused. Use it as a
+    context manager, which holds the directory's lock and writes the rows not yet written when it ends, also by an
+    error.
+
+    Raises `UserError` for a directory of something else, of other scores, or with a damaged part, and leaves it as it
+    was.
+    """
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self._header = {"format": _FORMAT, **header}
+        self._digest = _digest(self._header)
+        self._resume = resume
+        self._parts: list[pa.Table] = []
+        self._rows: dict[str, list[Any]] = {}
+        self._batches: list[int] = []
+        self.done: set[int] = set()
+        """Numbers of the batches that have their scores."""
+        self._text_ids: bool | None = None
+        self._lock: OnlyProcess | None = None
+        self._written_at = time.monotonic()
+
+    def __enter__(self) -> ScoreStore:
+        if self.path is None:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be made a directory for scores: {error.strerror}") from error
+        found = _header_of(self.path)
+        if found is not None:
+            self._refuse_another(found)
+        elif any(entry.name != "lock" and not entry.name.startswith(PARTIAL) for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} holds files but no {_HEADER}, so no scores: choose another directory")
+        self._lock = OnlyProcess(self.path)
+        self._lock.__enter__()
+        try:
+            for leftover in self.path.glob(f"{PARTIAL}*"):
+                leftover.unlink()
+            if found is None:
+                write_text_atomic(self.path / _HEADER, json.dumps(self._header, indent=1))
+            for table, batches in _read_parts(self.path, self._digest):
+                self._parts.append(table)
+                self.done.update(batches)
+                self._text_ids = _has_text_ids(table)
+        except BaseException:
+            self._lock.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._flush()
+        finally:
+            if self._lock is not None:
+                self._lock.__exit__()
+
+    def _refuse_another(self, found: dict[str, Any]) -> None:
+        for key, own in self._header.items():
+            if found.get(key) != own:
+                raise UserError(
+                    f"{self.path} holds scores of another {key} ({found.get(key)!r} there, {own!r} here): "
+                    "choose another directory"
+                )
+        if not self._resume:
+            raise UserError(f"{self.path} holds these scores already: resume, or choose another directory")
+
+    def __len__(self) -> int:
+        return sum(part.num_rows for part in self._parts) + len(self._rows.get("id", ()))
+
+    @property
+    def ids(self) -> set[SampleId]:
+        """The ids that have their scores."""
+        return {sample for part in self._parts for sample in part["id"].to_pylist()} | set(self._rows.get("id", ()))
+
+    def append(self, batch: int, rows: Mapping[str, Sequence[Any]]) -> None:
+        """Add the rows of one batch: a list for each column but those of the header."""
+        text = isinstance(rows["id"][0], str)
+        if self._text_ids is None:
+            self._text_ids = text
+        if text != self._text_ids:
+            raise ValueError(f"ids must be all strings or all integers, got both, such as {rows['id'][0]!r}")
+        if self._batches and batch != self._batches[-1] + 1:
+            self._flush()
+        for name, values in rows.items():
+            self._rows.setdefault(name, []).extend(values)
+        self._batches.append(batch)
+        self.done.add(batch)
+        if len(self._rows["id"]) >= PART_ROWS or time.monotonic() - self._written_at >= PART_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._batches:
+            return
+        pa = arrow()
+        count = len(self._rows["id"])
+        constant = {key: [self._header[key]] * count for key in ("method", "seed", "checkpoint")}
+        table = pa.table({**self._rows, **constant}, schema=schema(text_ids=bool(self._text_ids)))
+        if self.path is not None:
+            mark = {"header": self._digest, "batches": self._batches}
+            marked = table.replace_schema_metadata({_KEY: json.dumps(mark).encode()})
+            parquet = arrow("parquet")
+            try:
+                write_atomic(
+                    self.path / f"part-{self._batches[0]:06d}.parquet",
+                    lambda file: parquet.write_table(marked, file, write_page_checksum=True),
+                )
+            except OSError as error:
+                raise UserError(
+                    f"scores cannot be written to {self.path} ({error}): make room, then score again; what is there "
+                    "is kept"
+                ) from error
+        self._parts.append(table)
+        self._rows, self._batches = {}, []
+        self._written_at = time.monotonic()
+
+    def scores(self) -> Scores:
+        """All rows, in the order of the dataset."""
+        self._flush()
+        return _joined(self._parts, self.path)
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read what `score` streamed to a directory, or what `Scores.write` wrote to a file.
+
+    A directory whose scoring has not ended is refused: scoring again with the same arguments goes on with it.
+
+    Raises `UserError` when there are no scores at ``path``, or they are incomplete or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return Scores(_read_table(path)[0])
+    header = _header_of(path) if path.is_dir() else None
+    if header is None:
+        raise UserError(f"there are no scores at {path}")
+    parts = _read_parts(path, _digest(header))
+    scores = _joined([table for table, _ in parts], path)
+    if len(scores) != header.get("samples"):
+        raise UserError(
+            f"{path} holds {len(scores)} of {header.get('samples')} scores: score with the same arguments to go on"
+        )
+    return scores
+
+
+def _joined(parts: Sequence[pa.Table], path: Path | None) -> Scores:
+    pa = arrow()
+    if not parts:
+        return Scores(schema(text_ids=False).empty_table(), path)
+    return Scores(pa.concat_tables(parts).sort_by("index").combine_chunks(), path)
+
+
+def _header_of(directory: Path) -> dict[str, Any] | None:
+    file = directory / _HEADER
+    if not file.exists():
+        return None
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error}): choose another directory") from error
+    if not isinstance(header, dict) or "method" not in header:
+        raise UserError(f"{file} is not the header of scores: choose another directory")
+    return header
+
+
+def _digest(header: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read_parts(directory: Path, digest: str) -> list[tuple[pa.Table, list[int]]]:
+    parts: list[tuple[pa.Table, list[int]]] = []
+    seen: set[int] = set()
+    for file in sorted(path for path in directory.iterdir() if _PART.fullmatch(path.name)):
+        table, mark = _read_table(file)
+        try:
+            batches = [int(batch) for batch in mark["batches"]]
+            known = mark["header"] == digest
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is not a part of these scores: move it away") from error
+        if not known or seen & set(batches) or (parts and _has_text_ids(table) != _has_text_ids(parts[0][0])):
+            raise UserError(f"{file} is a part of other scores: move it away")
+        seen.update(batches)
+        parts.append((table, batches))
+    return parts
+
+
+def _read_table(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+    pa, parquet = arrow(), arrow("parquet")
+    try:
+        # Not as part of a data set: pyarrow would read columns out of the names of directories.
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            table = opened.read()
+        mark = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} cannot be read ({reason}): delete it and score again to make it anew") from error
+    if not any(table.schema.equals(schema(text_ids=text)) for text in (True, False)):
+        raise UserError(f"{file} is not a table of scores: move it away")
+    return table.replace_schema_metadata(None), mark if isinstance(mark, dict) else {}
+
+
+def _has_text_ids(table: pa.Table) -> bool:
+    return bool(arrow().types.is_string(table.schema.field("id").type))
