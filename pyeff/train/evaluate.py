@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pyeff.data import label_positions
+from pyeff.scoring.language_model import answer_logits
 
 if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
@@ -42,18 +43,6 @@ def summarize_losses(losses: Sequence[float]) -> LossSummary:
         return LossSummary(mean, math.nan)
     variance = math.fsum((loss - mean) ** 2 for loss in finite) / (len(finite) - 1)
     return LossSummary(mean, math.sqrt(variance / len(finite)))
-
-
-def answer_logits(model: Any, batch: PackedBatch, where: LabelPositions) -> Tensor:
-    """Logits [A, V] of a packed batch at the positions that predict answer tokens, and only there."""
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=where.positions,
-    )
-    logits: Tensor = output.logits[0]
-    return logits
 
 
 def summed_loss(model: Any, batch: PackedBatch, where: LabelPositions) -> Tensor:

@@ -17,13 +17,14 @@ from pyeff.data import DataOrder, EncodedSamples, PackedBatch, label_positions, 
 from pyeff.errors import UserError
 from pyeff.governor import Cost, format_amount
 from pyeff.scoring import PoolScores, score_batches
+from pyeff.scoring.language_model import check_head, check_packing, head_weight, last_hidden_state
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.build import lora_linears, make_optimizer, own_memory, recompute_activations, with_lora
 from pyeff.train.config import RunConfig
 from pyeff.train.ema import EMA
 from pyeff.train.evaluate import generation_work, greedy_answers, same_answer, sample_losses
 from pyeff.train.meter import Meter
-from pyeff.train.model import check_head, check_packing, head_weight, last_hidden_state, load_model
+from pyeff.train.model import load_model
 from pyeff.train.task import Task, encode_task, read_task
 
 # First fit over this many open batches: the samples of one pass may be packed in any order.

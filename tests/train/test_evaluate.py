@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyeff.data import EncodedSample, label_positions, pack
 from pyeff.governor import Cost
+from pyeff.scoring.language_model import shape_of_model
 from pyeff.train.evaluate import generation_work, greedy_answers, sample_losses, summarize_losses, summed_loss
-from pyeff.train.model import _shape_of_model
 
 
 def some_samples(count: int = 7) -> list[EncodedSample]:
@@ -96,7 +96,7 @@ def test_generation_stops_at_an_end_token_and_charges_what_it_did(model):
 def test_the_charge_of_evaluation_and_generation_is_what_torch_counts(tiny: ModuleType):
     # Eager attention: torch counts fused attention on the CPU as nothing.
     model = tiny.tiny_model(attn_implementation="eager")
-    shape = _shape_of_model(model)
+    shape = shape_of_model(model)
     forward = Cost(
         shape.forward(1, attention_pairs=0, head_tokens=0),
         shape.forward(0, attention_pairs=1, head_tokens=0),

@@ -39,16 +39,15 @@ from transformers import (
 
 from pyeff.data import EncodedSample, PackedBatch, Sample, encode, label_positions, pack_one, prompt_ids
 from pyeff.errors import UserError
-from pyeff.train import model as model_module
-from pyeff.train.model import (
+from pyeff.scoring.language_model import (
     check_head,
     check_packing,
     head_weight,
     last_hidden_state,
-    load_model,
     packed_inputs,
-    shape_of,
 )
+from pyeff.train import model as model_module
+from pyeff.train.model import load_model, shape_of
 
 SMALL = {
     "vocab_size": 96,
