@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyeff.observation.layers import PARAMETER_INPUTS, WORKSPACE_BYTES, cast_for_autocast, no_autocast
+from pyeff.observation.layers import (
+    PARAMETER_INPUTS,
+    WORKSPACE_BYTES,
+    cast_for_autocast,
+    no_autocast,
+    weight_norms_sq,
+)
 from pyeff.observation.recording import Use
 from pyeff.ops import linear_grad
 
@@ -66,7 +72,8 @@ class ObservedConvolution(torch.autograd.Function):
                 grad_x = grad_x.to(ctx.x_dtype) if mask[0] else None
                 grad_w = grad_w.to(ctx.w_dtype) if mask[1] else None
             if measured:
-                grad_w = _weight_grad(x, g, w.shape, geometry, ctx.w_use).to(ctx.w_dtype)
+                grad_w = _weight_grad(x, g, w.shape, geometry, ctx.w_use)
+                grad_w = None if grad_w is None else grad_w.to(ctx.w_dtype)
             if ctx.needs_input_grad[2]:
                 sums = g.flatten(2).sum(2, dtype=torch.promote_types(g.dtype, torch.float32))
                 if ctx.b_use is not None and ctx.b_use.open:
@@ -78,7 +85,8 @@ class ObservedConvolution(torch.autograd.Function):
 PARAMETER_INPUTS[ObservedConvolution] = (1, 2)
 
 
-def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, use: Use) -> Tensor:
+def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, use: Use) -> Tensor | None:
+    """The gradient of the weight, once its samples' norms are noted; None where only these are wanted."""
     stride, padding, dilation, groups = geometry
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.ndim == 3:  # one dimension is two, of which the first has length 1
@@ -99,12 +107,18 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
         for group in range(groups):
             inputs = unfolded[:, group * patch : (group + 1) * patch].transpose(1, 2).reshape(-1, patch)
             of_group = g[images, group * outputs : (group + 1) * outputs].to(dtype)
-            result = linear_grad(inputs, of_group.flatten(2).transpose(1, 2).reshape(-1, outputs), borders)
+            grads = of_group.flatten(2).transpose(1, 2).reshape(-1, outputs)
+            if not use.forward.observation.gradient:
+                norms_sq[begin:end] += weight_norms_sq(inputs, grads, borders, (end - begin) * (each * positions) ** 2)
+                continue
+            result = linear_grad(inputs, grads, borders)
             assert result.weight_grad is not None
             assert result.norms_sq is not None
             grad[group] += result.weight_grad
             norms_sq[begin:end] += result.norms_sq
     use.add_norms_sq(norms_sq)
+    if not use.forward.observation.gradient:
+        return None
     return grad.view(shape).squeeze(2) if len(geometry.stride) == 1 else grad.view(shape)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyeff.observation.recording import Use
-from pyeff.ops import linear_grad
+from pyeff.ops import gram_norms, linear_grad
 
 # Temporary tensors are cut into pieces of at most this size. Half a megabyte of fp32 per thousand rows of 128 columns
 # is already past the caches; larger pieces gain nothing.
@@ -79,7 +79,10 @@ class ObservedLinear(torch.autograd.Function):
                 rows_x = x.reshape(-1, x.shape[-1])
                 inputs, outputs = (rows_g, rows_x) if ctx.transposed else (rows_x, rows_g)
                 use = ctx.w_use
-                if use is not None and use.open:
+                if use is not None and use.open and not use.forward.observation.gradient:
+                    use.add_norms_sq(weight_norms_sq(inputs, outputs, use.rows.borders, use.rows.pairs))
+                    use.add_product(inputs, outputs)
+                elif use is not None and use.open:
                     result = linear_grad(inputs, outputs, use.rows.borders)
                     assert result.norms_sq is not None
                     assert result.weight_grad is not None
@@ -91,6 +94,19 @@ class ObservedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_b = _sum_rows(rows_g, ctx.b_use).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None
+
+
+def weight_norms_sq(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, pairs: int) -> Tensor:
+    """Squared norms [S] of the samples' weight gradients alone, by whichever operation takes fewer FLOPs.
+
+    `pairs` is the sum of the samples' squared token counts: `gram_norms` takes pairs (d + p), `linear_grad` 2 N d p.
+    """
+    (tokens, d), p = inputs.shape, grad_outputs.shape[1]
+    if pairs * (d + p) < 2 * tokens * d * p:
+        return gram_norms(inputs, grad_outputs, borders)
+    norms_sq = linear_grad(inputs, grad_outputs, borders, weight_grad=False).norms_sq
+    assert norms_sq is not None
+    return norms_sq
 
 
 def _sum_rows(rows: Tensor, use: Use | None) -> Tensor:

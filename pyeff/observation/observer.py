@@ -28,6 +28,7 @@ def observe(
     by_parameter: bool = False,
     strict: bool = True,
     noise_scale: NoiseScale | None = None,
+    gradient: bool = True,
 ) -> GradientObservation:
     """Watch a model's backward passes for the norm of every sample's share of the gradient.
 
@@ -55,6 +56,9 @@ def observe(
         strict: Raise `UnobservableError` before the gradient is computed, listing what cannot be observed exactly. If
             False, such parameters are left out of the norms and named in `unobserved`.
         noise_scale: Takes in each context's estimate when the context ends without an error.
+        gradient: Compute the gradient too. If False, `.grad` stays as it is: linear layers and convolutions yield their
+            norms by `pyeff.gram_norms` where that takes fewer FLOPs than their gradient, and what other layers form is
+            freed at once. For scoring.
 
     Returns:
         A context manager and, inside and after it, the `GradientObservation`.
@@ -81,20 +85,35 @@ def observe(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not norms:
         raise ValueError("norms=False leaves nothing to observe")
-    return GradientObservation(model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale)
+    if not gradient:
+        if noise_scale is not None:
+            raise ValueError("noise_scale needs the gradient: leave gradient=True")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("gradient=False leaves DistributedDataParallel nothing to reduce: observe model.module")
+    return GradientObservation(
+        model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale, gradient=gradient
+    )
 
 
 class GradientObservation:
     """What `observe` has seen; also the context manager itself. Make it with `observe`."""
 
-    def __init__(self, model: nn.Module, *, by_parameter: bool, strict: bool, noise_scale: NoiseScale | None) -> None:
-        self.model, self._strict, self._smoothed = model, strict, noise_scale
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        by_parameter: bool,
+        strict: bool,
+        noise_scale: NoiseScale | None,
+        gradient: bool,
+    ) -> None:
+        self.model, self._strict, self._smoothed, self.gradient = model, strict, noise_scale, gradient
         self._by_parameter = by_parameter
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
         self.unobserved: dict[str, str] = {}
         """Parameter name -> why its share is missing from the norms (only with `strict=False`)."""
         self._forwards: list[Forward] = []
-        self._segments: Tensor | None = None
+        self._segments: tuple[Tensor | None, Tensor | None] = (None, None)
         self._input_shapes: set[torch.Size] = set()
         self._contributions: dict[str, int] = {}
         self._settled = 0
@@ -136,6 +155,8 @@ class GradientObservation:
         gradient. Raises `ValueError` when a gradient was there before the first observed backward pass, or for fewer
         than two samples.
         """
+        if not self.gradient:
+            raise RuntimeError("noise_scale needs the gradient: observe(model, gradient=True)")
         norms_sq = self.grad_norms.double().square()
         if self._had_gradient:
             raise ValueError(
@@ -155,12 +176,14 @@ class GradientObservation:
             sums[0] /= self.model.process_group.size() ** 2
         return estimate_noise_scale(float(sums[0]), float(total), int(sums[1]))
 
-    def segments(self, cu_seqlens: Tensor) -> None:
+    def segments(self, cu_seqlens: Tensor, *, kept: Tensor | None = None) -> None:
         """Say where the samples of the next forward pass lie among its tokens: borders [samples + 1], int32.
 
-        They are checked against the batch when it comes: `ValueError` unless they rise from 0 to its tokens.
+        `kept` are the borders among the tokens whose logits alone are computed, where the model is told so
+        (`logits_to_keep` of transformers). All are checked when the batch comes: `ValueError` unless they rise from 0,
+        `cu_seqlens` to the batch's tokens.
         """
-        self._segments = cu_seqlens
+        self._segments = cu_seqlens, kept
 
     # The context
 
@@ -193,6 +216,11 @@ class GradientObservation:
         before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._undo.append(before.remove)
         self._undo.append(self.model.register_forward_hook(self._after_forward, always_call=True).remove)
+        if not self.gradient:
+            for _, parameter in self.parameters.values():
+                self._undo.append(functools.partial(setattr, parameter, "grad", parameter.grad))
+                parameter.grad = None
+                self._undo.append(parameter.register_post_accumulate_grad_hook(_free).remove)
         for name, parameter in self.parameters.values():
             self._undo.append(parameter.register_hook(functools.partial(self._on_gradient, name, [0])).remove)
         self._undo += observe_experts(self)
@@ -210,8 +238,8 @@ class GradientObservation:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        segments, self._segments = self._segments, None
-        batch = batch_of_call(module, args, kwargs, segments)
+        segments, self._segments = self._segments, (None, None)
+        batch = batch_of_call(module, args, kwargs, *segments)
         self._input_shapes = {value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         self._forwards.append(Forward(batch, self))
         self.in_forward = True
@@ -301,6 +329,10 @@ class GradientObservation:
     def _zeros(self, forward: Forward) -> Tensor:
         device = next((t.device for t in forward.result().values()), torch.device("cpu"))
         return torch.zeros(forward.batch.samples, device=device)
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -37,6 +37,11 @@ class Rows:
     borders: Tensor
     host: Tensor | None = None
 
+    @property
+    def pairs(self) -> int:
+        """The pairs of rows of one sample, over all samples."""
+        return int(self.host.diff().square().sum()) if self.host is not None else self.samples * (self.each or 0) ** 2
+
     def spans(self) -> Iterator[slice]:
         """The rows of each sample, in turn, without reading anything back from a GPU."""
         if self.host is not None:
@@ -67,12 +72,14 @@ class Batch:
 
     `leading` are the dimensions that an activation shares with the batch: (rows, width) of token ids or embeddings,
     (rows,) of anything else. `packed` holds the borders (int64, on the CPU) when samples share a row, and is None when
-    every index of dimension 0 is a sample.
+    every index of dimension 0 is a sample. `kept` are the borders among those tokens alone that the model keeps at
+    some layer, which all other activations have more of.
     """
 
     samples: int
     leading: tuple[int, ...]
     packed: Tensor | None = None
+    kept: Tensor | None = None
     _known: dict[tuple[Any, ...], Rows] = field(default_factory=dict, repr=False)
 
     def rows(self, leading: tuple[int, ...], device: torch.device) -> Rows:
@@ -84,8 +91,10 @@ class Batch:
         tokens = math.prod(self.leading)
         if self.packed is not None:
             if leading[: len(self.leading)] != self.leading and leading[:1] != (tokens,):
+                if self.kept is not None and total == int(self.kept[-1]):
+                    return self._packed_rows(self.kept, 1, total, device)
                 raise UnknownRows(f"expected {self.leading} or {(tokens,)} tokens first, got {leading}")
-            return self._packed_rows(total // max(tokens, 1), total, device)
+            return self._packed_rows(self.packed, total // max(tokens, 1), total, device)
         if self.samples == 1:
             return self._equal_rows(total, total, device)
         if leading[:1] == (self.samples,) or (len(leading) == 1 and leading[0] == tokens):
@@ -97,11 +106,10 @@ class Batch:
     def _equal_rows(self, each: int, total: int, device: torch.device) -> Rows:
         return _equal_rows(self.samples, each, total, device)
 
-    def _packed_rows(self, per_token: int, total: int, device: torch.device) -> Rows:
-        assert self.packed is not None
-        key = (per_token, device, "packed")
+    def _packed_rows(self, cuts: Tensor, per_token: int, total: int, device: torch.device) -> Rows:
+        key = (per_token, device, "kept" if cuts is self.kept else "packed")
         if key not in self._known:
-            host = self.packed * per_token
+            host = cuts * per_token
             borders = host.to(device=device, dtype=torch.int32)
             remember_borders(borders, host)
             self._known[key] = Rows(self.samples, total, None, borders, host)
@@ -117,12 +125,17 @@ def _equal_rows(samples: int, each: int, total: int, device: torch.device) -> Ro
 
 
 def batch_of_call(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], cu_seqlens: Tensor | None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    cu_seqlens: Tensor | None,
+    kept: Tensor | None = None,
 ) -> Batch:
     """The samples of the call `module(*args, **kwargs)`.
 
     They are, in this order: `cu_seqlens` when given; the batch's own `cu_seq_lens_q`; `position_ids` that restart
-    where no attention mask is passed, as transformers reads them; the indices of dimension 0.
+    where no attention mask is passed, as transformers reads them; the indices of dimension 0. `kept` are borders among
+    the tokens that the model keeps at some layer, for as many samples.
     """
     named = _named_arguments(module, args, kwargs)
     name, first = _first_input(named)
@@ -134,7 +147,11 @@ def batch_of_call(
     if cu_seqlens is None:
         return Batch(leading[0], leading)
     borders = host_borders(cu_seqlens, math.prod(leading))
-    return Batch(borders.numel() - 1, leading, borders)
+    if kept is not None:
+        if kept.shape != borders.shape:
+            raise ValueError(f"kept must be borders of {borders.numel() - 1} samples, got shape {tuple(kept.shape)}")
+        kept = host_borders(kept, int(kept[-1]))
+    return Batch(borders.numel() - 1, leading, borders, kept)
 
 
 def _restarts(named: Mapping[str, Any], leading: tuple[int, ...]) -> Tensor | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,30 +44,9 @@ class GraNd(ScoreMethod):
 
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Scores [B] by one backward pass of the summed loss: a sample's share of it is its own gradient."""
-        with torch.enable_grad(), without_grad(model), observe(model, strict=self._strict) as seen:
+        with torch.enable_grad(), observe(model, strict=self._strict, gradient=False) as seen:
             logits = logits_of(model, inputs)
             check_targets(targets, logits)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
         return seen.grad_norms
-
-
-@contextmanager
-def without_grad(model: nn.Module) -> Iterator[None]:
-    """Free each parameter's gradient as soon as it is there, and give back the one it had before."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    before = [p.grad for p in parameters]
-    hooks = [p.register_post_accumulate_grad_hook(_free) for p in parameters]
-    try:
-        for p in parameters:
-            p.grad = None
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
-
-
-def _free(parameter: Tensor) -> None:
-    parameter.grad = None
