@@ -20,22 +20,23 @@ class Backend(NamedTuple):
     device: str
 
     def supports(self, dtype: torch.dtype) -> bool:
-        return not (self.impl == "triton" and self.device == "cpu" and dtype == torch.bfloat16)
+        """Whether bfloat16 need not be multiplied by the interpreter, which cannot."""
+        return not (self.impl in ("triton", "gram") and self.device == "cpu" and dtype == torch.bfloat16)
 
 
 B = TypeVar("B", bound=Backend)
 
 
-def on_cpu(kind: type[B]) -> list[B]:
-    """Every implementation that CPU tensors can have here."""
+def on_cpu(kind: type[B], *others: str) -> list[B]:
+    """Every implementation that CPU tensors can have here; `others` launch Triton kernels too."""
     found = [kind("reference", "cpu"), kind("cpu", "cpu")]
-    return [*found, kind("triton", "cpu")] if interpreting() else found
+    return [*found, *(kind(impl, "cpu") for impl in ("triton", *others))] if interpreting() else found
 
 
-def on_every(kind: type[B]) -> pytest.MarkDecorator:
+def on_every(kind: type[B], *others: str) -> pytest.MarkDecorator:
     """Parametrises `backend`: those of the CPU, and the GPU's for `-m gpu`."""
-    gpu = [pytest.param(kind(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("reference", "triton")]
-    return pytest.mark.parametrize("backend", [*on_cpu(kind), *gpu], ids=name_of)
+    gpu = [pytest.param(kind(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("reference", "triton", *others)]
+    return pytest.mark.parametrize("backend", [*on_cpu(kind, *others), *gpu], ids=name_of)
 
 
 def name_of(value: object) -> str | None:

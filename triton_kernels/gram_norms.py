@@ -157,35 +157,43 @@ def offset_type(config: Config, inputs: torch.Tensor, grads: torch.Tensor) -> tl
     return tl.int32 if max(spans) < 2**31 else tl.int64
 
 
-def gram_norms(
-    inputs: torch.Tensor,
-    grad_outputs: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    config: Config | None = None,
-) -> torch.Tensor:
-    """norms_sq [S] in float32 of `inputs` [N, D] and `grad_outputs` [N, P] in one dtype.
+@dataclass(frozen=True)
+class Pairs:
+    """Where samples begin and which pairs of blocks are theirs, on the device."""
 
-    `cu_seqlens` [S+1] int64 lies on the CPU: the number of programs comes from it. float32 products are exact unless
-    torch.backends.cuda.matmul.allow_tf32. Beside the result: 4 bytes for each pair of blocks, T^2 / 8192 bytes for a
-    sample of T tokens.
-    """
-    samples, device = cu_seqlens.numel() - 1, inputs.device
-    norms_sq = torch.empty(samples, dtype=torch.float32, device=device)
-    config = config or pick_config(inputs.dtype, capability_of(inputs))
+    borders: torch.Tensor  # [S+1], int64
+    first_pairs: torch.Tensor  # [S+1], int64
+    count: int
+
+
+def pairs_of(cu_seqlens: torch.Tensor, config: Config, device: torch.device) -> Pairs:
+    """The pairs of blocks of the samples between `cu_seqlens` [S+1], int64 on the CPU."""
     blocks = (cu_seqlens.diff() + config.bt - 1) // config.bt
     first_pairs = torch.nn.functional.pad((blocks * (blocks + 1) // 2).cumsum(0), (1, 0))  # [S+1]
-    pairs = int(first_pairs[-1])
-    partials = torch.empty(pairs, dtype=torch.float32, device=device)
     # One copy for both lists.
-    borders, first_pairs = sent_to(device, torch.stack([cu_seqlens, first_pairs]))
+    return Pairs(*sent_to(device, torch.stack([cu_seqlens, first_pairs])), int(first_pairs[-1]))
+
+
+def config_of(inputs: torch.Tensor) -> Config:
+    return pick_config(inputs.dtype, capability_of(inputs))
+
+
+def gram_norms(inputs: torch.Tensor, grad_outputs: torch.Tensor, pairs: Pairs, *, config: Config) -> torch.Tensor:
+    """norms_sq [S] in float32 of `inputs` [N, D] and `grad_outputs` [N, P] in one dtype, by the pairs of `config`.
+
+    float32 products are exact unless torch.backends.cuda.matmul.allow_tf32. Beside the result: 4 bytes for each pair of
+    blocks, T^2 / 8192 bytes for a sample of T tokens.
+    """
+    samples, device = pairs.borders.numel() - 1, inputs.device
+    norms_sq = torch.empty(samples, dtype=torch.float32, device=device)
+    partials = torch.empty(pairs.count, dtype=torch.float32, device=device)
     with on_device_of(inputs):
-        if pairs:
-            multiply_grams[(pairs,)](
+        if pairs.count:
+            multiply_grams[(pairs.count,)](
                 inputs,
                 grad_outputs,
-                borders,
-                first_pairs,
+                pairs.borders,
+                pairs.first_pairs,
                 partials,
                 samples,
                 inputs.shape[1],
@@ -202,5 +210,5 @@ def gram_norms(
                 num_stages=config.num_stages,
             )
         if samples:
-            sum_pairs[(samples,)](partials, first_pairs, norms_sq, BLOCK=SUM_BLOCK)
+            sum_pairs[(samples,)](partials, pairs.first_pairs, norms_sq, BLOCK=SUM_BLOCK)
     return norms_sq

@@ -11,6 +11,9 @@ and it joins the running total. A gradient of one sample never reaches memory; a
 
 The loops are nested because a flat loop over all tokens with a test for the sample's end is not pipelined.
 
+`reduce_panel` is the other way, for gradients of samples that stand in a panel [S, n] in the L2 cache, as a library's
+product left them there: one pass takes the squares and the dots of each and adds them to the total.
+
 Cost: 2 N D P FLOPs as for the gradient alone, and about 3 S D P of vector arithmetic. Traffic from memory: as for the
 gradient, R once a sample from the L2 cache, and 8 bytes a (tile, sample). Gray et al. 2024, arXiv:2411.00999, for norms
 formed beside the gradient at no more FLOPs.
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import capability_of, on_device_of, sent_to
 
@@ -33,25 +37,36 @@ GROUP = tl.constexpr(8)
 # would fill a GPU once.
 WORKSPACE, LEAST_TILES = 32 << 20, 160
 SUM_BLOCK = 1024
+# Elements of a panel that a program of `reduce_panel` takes, 32 a thread: the numbers it leaves are few.
+PANEL_BLOCK, PANEL_WARPS = 8192, 8
 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch choices of `accumulate_samples`."""
+    """Launch choices of `accumulate_samples`; `described`: whole blocks of tokens come by tensor descriptors."""
 
     bm: int
     bn: int
     bk: int
     num_warps: int
     num_stages: int
+    described: bool = False
 
 
-def pick_config(dtype: torch.dtype, dots: bool, capability: tuple[int, int]) -> Config:
-    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet."""
+# What `benchmarks/tune_linear_grad.py` printed, for 16-bit inputs: by compute capability and whether there are dots, a
+# ladder of (elements d p of the weight at least, the fastest choice). Empty: nothing has been timed on a GPU yet.
+MEASURED: dict[tuple[tuple[int, int], bool], tuple[tuple[int, Config], ...]] = {}
+
+
+def pick_config(dtype: torch.dtype, dots: bool, capability: tuple[int, int], elements: int) -> Config:
+    """Tiles for a weight of d p `elements`: as measured, else by what registers and shared memory hold, as compiled."""
     if dtype == torch.float32:
         # Exact float32 products run on the plain cores and keep both operands in registers: a reference as large as the
         # accumulators spills 8 to 328 bytes.
         return Config(64, 32 if dots else 64, 32, 8 if dots else 4, 3)
+    for least, config in MEASURED.get((capability, dots), ()):
+        if elements >= least:
+            return config
     # Two accumulators, of the sample and of all: 198 to 234 registers on eight warps. Four warps, or 256 columns, spill
     # 190 to 560 bytes, and 128 columns of a reference beside them 16 to 40.
     bn = 64 if dots else 128
@@ -75,6 +90,8 @@ def meet_sample(b_grad, b_reference, p_partials, s_dots, HAS_NORMS: tl.constexpr
 def accumulate_samples(
     p_inputs,
     p_grads,
+    d_inputs,
+    d_grads,
     p_cu_seqlens,
     p_reference,
     p_total,
@@ -95,6 +112,7 @@ def accumulate_samples(
     BK: tl.constexpr,
     OFFSET: tl.constexpr,
     EVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     HAS_DOTS: tl.constexpr,
@@ -130,10 +148,19 @@ def accumulate_samples(
     for i_s in range(0, S):
         start = tl.load(p_cu_seqlens + i_s).to(tl.int64)
         length = (tl.load(p_cu_seqlens + i_s + 1).to(tl.int64) - start).to(tl.int32)
-        p_g = p_g_first + start * s_gn
-        p_a = p_a_first + start * s_an
         b_grad = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, tl.cdiv(length, BK)):
+        described = 0  # blocks of BK tokens
+        if DESCRIBED:
+            # A descriptor would read on into the next sample: what is left of this one is loaded behind a mask.
+            described = length // BK
+            for k in range(0, described):
+                o_t = (start + k * BK).to(tl.int32)
+                b_g = d_grads.load([o_t, i_m * BM]).T  # [BM, BK]
+                b_a = d_inputs.load([o_t, i_n * BN])  # [BK, BN]
+                b_grad = tl.dot(b_g, b_a, b_grad, input_precision=PRECISION)
+        p_g = p_g_first + (start + described * BK) * s_gn
+        p_a = p_a_first + (start + described * BK) * s_an
+        for k in tl.range(described, tl.cdiv(length, BK), num_stages=1 if DESCRIBED else None):
             m_k = o_k < length - k * BK
             if EVEN:
                 b_g = tl.load(p_g + o_g, mask=m_k[None, :], other=0.0)  # [BM, BK]
@@ -172,6 +199,99 @@ def sum_tiles(p_partials, p_sums, tiles, ADD: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(p_sums + i, whole.to(tl.float32))
 
 
+@triton.jit
+def reduce_panel_block(
+    p_panel,
+    p_reference,
+    p_total,
+    p_norms,
+    p_dots,
+    S,
+    elements,
+    s_reference,
+    s_sums,
+    BLOCK: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    START: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    HAS_DOTS: tl.constexpr,
+):
+    """Some elements of all samples: their part of the total, and of each sample's sums."""
+    i = tl.program_id(0)
+    o = i * BLOCK + tl.arange(0, BLOCK)
+    m = o < elements
+    b_total = tl.zeros([BLOCK], tl.float32)
+    if HAS_TOTAL and not START:
+        b_total = tl.load(p_total + o, mask=m, other=0.0)
+    for i_s in range(0, S):
+        at = tl.full([], i_s, tl.int64)
+        b_x = tl.load(p_panel + at * elements + o, mask=m, other=0.0)
+        if HAS_NORMS:
+            p_sum = p_norms + at * s_sums + i
+            tl.store(p_sum, tl.load(p_sum) + tl.sum(b_x * b_x).to(tl.float64))
+        if HAS_DOTS:
+            b_r = tl.load(p_reference + at * s_reference + o, mask=m, other=0.0)
+            p_sum = p_dots + at * s_sums + i
+            tl.store(p_sum, tl.load(p_sum) + tl.sum(b_x * b_r).to(tl.float64))
+        if HAS_TOTAL:
+            b_total += b_x
+    if HAS_TOTAL:
+        tl.store(p_total + o, b_total, mask=m)
+
+
+def panel_blocks(elements: int) -> int:
+    """How many numbers `reduce_panel` keeps of a sample, and sums into, for a panel of so many elements a sample."""
+    return triton.cdiv(elements, PANEL_BLOCK)
+
+
+def reduce_panel(
+    panel: torch.Tensor,
+    *,
+    reference: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
+    start_total: bool = False,
+    norms_sq: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+) -> None:
+    """One pass over contiguous float32 `panel` [S, ...]: adds each row's sum of squares, in parts, to the rows of
+    `norms_sq`, its dot with `reference` ([...] or [S, ...]) to those of `dots`, both float64 [>= S, panel_blocks], and
+    the sum of the rows to `total` [...]; `start_total` overwrites that instead. The same bits in every run.
+    """
+    samples, elements = panel.shape[0], panel[0].numel()
+    sums = norms_sq if norms_sq is not None else dots
+    with on_device_of(panel):
+        reduce_panel_block[(panel_blocks(elements),)](
+            panel,
+            reference,
+            total,
+            norms_sq,
+            dots,
+            samples,
+            elements,
+            elements if reference is not None and reference.ndim == panel.ndim else 0,
+            0 if sums is None else sums.stride(0),
+            BLOCK=PANEL_BLOCK,
+            HAS_TOTAL=total is not None,
+            START=start_total,
+            HAS_NORMS=norms_sq is not None,
+            HAS_DOTS=dots is not None,
+            num_warps=PANEL_WARPS,
+        )
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for `tensor` [N, K]: rows of adjacent elements that begin aligned."""
+    aligned = 16 // tensor.element_size()
+    return (
+        tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.stride(0) % aligned == 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.numel() > 0
+        and tensor.shape[0] < 2**31
+    )
+
+
 def offset_type(config: Config, inputs: torch.Tensor, grads: torch.Tensor) -> tl.dtype:
     """The integer that holds the offsets within a tile."""
     spans = (
@@ -200,8 +320,11 @@ def linear_grad(
     wanted = norms + (reference is not None)
     total = torch.empty((p, d) if weight_grad else 0, dtype=inputs.dtype, device=inputs.device)
     sums = torch.empty((wanted, samples), dtype=torch.float32, device=inputs.device)
-    config = config or pick_config(inputs.dtype, reference is not None, capability_of(inputs))
+    capability = capability_of(inputs)
+    config = config or pick_config(inputs.dtype, reference is not None, capability, d * p)
     tiles = triton.cdiv(p, config.bm) * triton.cdiv(d, config.bn)
+    # Before sm_90 no unit reads by descriptor.
+    described = config.described and capability >= (9, 0) and describable(inputs) and describable(grad_outputs)
     step = min(tiles, max(LEAST_TILES, WORKSPACE // max(1, 4 * wanted * samples)))
     partials = torch.empty(wanted * samples * step, dtype=torch.float32, device=inputs.device)
     cu_seqlens = sent_to(inputs.device, cu_seqlens)
@@ -213,6 +336,8 @@ def linear_grad(
             accumulate_samples[(count,)](
                 inputs,
                 grad_outputs,
+                TensorDescriptor.from_tensor(inputs, [config.bk, config.bn]) if described else None,
+                TensorDescriptor.from_tensor(grad_outputs, [config.bk, config.bm]) if described else None,
                 cu_seqlens,
                 reference,
                 total if weight_grad else None,
@@ -230,6 +355,7 @@ def linear_grad(
                 BK=config.bk,
                 OFFSET=offset_type(config, inputs, grad_outputs),
                 EVEN=p % config.bm == 0 and d % config.bn == 0,
+                DESCRIBED=described,
                 HAS_TOTAL=weight_grad,
                 HAS_NORMS=norms,
                 HAS_DOTS=reference is not None,

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Reading borders back from a GPU waits for its stream, and a step passes the same ones for every layer: those of a
-# tensor that has not been written since are remembered.
+# tensor that has not been written since are remembered. Those on the CPU are read anew, which takes microseconds: NumPy
+# can write to them and no count would tell.
 _READ_BACK: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def host_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """`cu_seqlens` [S+1] as int64 on the CPU, once it is known to cut [0, tokens) into S samples.
+@dataclass(eq=False)
+class Samples:
+    """Borders on the host, and what was made from them before."""
 
-    Raises `TypeError` or `ValueError` when it is no such list of borders: integers from 0 to `tokens`, never falling.
-    """
+    borders: Tensor  # [S+1], int64
+    cuts: list[int]  # the same
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def rising(self) -> bool:
+        return self.cuts == sorted(self.cuts)  # linear in what is sorted already
+
+    @cached_property
+    def squares(self) -> int:
+        """The sum of the samples' squared lengths."""
+        return sum((end - start) ** 2 for start, end in pairwise(self.cuts))
+
+    def made(self, key: object, make: Callable[[], Any]) -> Any:
+        """What `make` returned at the first call with this `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def samples_of(cu_seqlens: Tensor, tokens: int) -> Samples:
+    """The samples that `cu_seqlens` [S+1] cuts [0, tokens) into; a `ValueError` when it is no such list of borders."""
+    samples = _read(cu_seqlens)
+    if samples.cuts[0] != 0 or samples.cuts[-1] != tokens or not samples.rising:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {_shortened(samples.cuts)}"
+        )
+    return samples
+
+
+def check_borders(cu_seqlens: Tensor) -> None:
+    """Raises `TypeError` or `ValueError` when `cu_seqlens` cannot be borders, whatever numbers it holds."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor of samples + 1 borders, got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -23,28 +61,37 @@ def host_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
             f"cu_seqlens must be a list of samples + 1 borders, int32 or int64, got {cu_seqlens.dtype} of shape "
             f"{tuple(cu_seqlens.shape)}"
         )
-    borders = _read(cu_seqlens)
-    if borders[0] != 0 or borders[-1] != tokens or (borders.diff() < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {_shortened(borders)}")
-    return borders
+
+
+def host_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """`cu_seqlens` [S+1] as int64 on the CPU, once it is known to cut [0, tokens) into S samples.
+
+    Raises `TypeError` or `ValueError` when it is no such list of borders: integers from 0 to `tokens`, never falling.
+    """
+    check_borders(cu_seqlens)
+    return samples_of(cu_seqlens, tokens).borders
 
 
 def remember_borders(cu_seqlens: Tensor, borders: Tensor) -> None:
     """Say what `cu_seqlens` holds, where `borders` (on the CPU) is known already: nobody waits to read it back."""
     if cu_seqlens.device.type != "cpu":
-        _READ_BACK[cu_seqlens] = (cu_seqlens._version, borders.to(torch.int64))
+        _READ_BACK[cu_seqlens] = (cu_seqlens._version, _samples(borders))
 
 
-def _read(cu_seqlens: Tensor) -> Tensor:
+def _samples(borders: Tensor) -> Samples:
+    return Samples(borders.to(torch.int64), borders.tolist())
+
+
+def _read(cu_seqlens: Tensor) -> Samples:
     # An inference tensor does not count its writes.
     if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():
-        return cu_seqlens.to("cpu", torch.int64)
+        return _samples(cu_seqlens.cpu())
     known = _READ_BACK.get(cu_seqlens)
     if known is None or known[0] != cu_seqlens._version:
-        known = _READ_BACK[cu_seqlens] = (cu_seqlens._version, cu_seqlens.to("cpu", torch.int64))
+        known = _READ_BACK[cu_seqlens] = (cu_seqlens._version, _samples(cu_seqlens.cpu()))
     return known[1]
 
 
-def _shortened(values: Tensor) -> str:
-    numbers = [str(v) for v in values.tolist()]
-    return "[" + ", ".join(numbers if len(numbers) <= 8 else [*numbers[:4], "...", *numbers[-3:]]) + "]"
+def _shortened(values: list[int]) -> str:
+    numbers = [str(v) for v in (values if len(values) <= 8 else [*values[:4], "...", *values[-3:]])]
+    return "[" + ", ".join(numbers) + "]"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from pyeff import reference
 from pyeff.ops._dispatch import Operation
-from pyeff.ops.linear_grad import check_samples, float32_limits, kept_memory, reduce_panel
+from pyeff.ops._packed import Samples, samples_of
+from pyeff.ops.linear_grad import check_inputs, float32_limits, kept_memory, reduce_panel
 
 # On the CPU, tiles of the two Gram matrices hold at most so many rows and take this much memory together, which the
 # cache keeps until they are multiplied. Small tiles spare the half below the diagonal: two cores of a Zen 5 server,
@@ -30,16 +29,18 @@ def gram_norms(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, impl
     Shapes and dtypes: `inputs` [N, d] and `grad_outputs` [N, p] of one dtype among float16, bfloat16, float32 and
     float64, of any strides; `cu_seqlens` [S+1], int32 or int64 on any device, the samples' borders in the token axis,
     from 0 to N, never falling. The result is float32 (float64 inputs: float64, by the reference alone), and so is every
-    sum on the way. An empty sample has norm 0. NaN or infinity in a sample spoils that sample's norm alone.
+    sum on the way. An empty sample has norm 0. NaN or infinity in a sample makes that sample's norm alone
+    NaN or infinite: mostly NaN, because sums of products of both signs meet, where `linear_grad` has infinity.
 
     Where a sample's token gradients cancel, its small norm is a difference of large sums, with the relative error of a
     float32 rounding times how much larger they are (and not below 0): `linear_grad` has no such loss.
 
     `impl`: "auto" takes the first that can run of "triton" (GPU), "cpu" (torch's matmul and one pass in C++) and
     "reference" (plain torch); an explicit one runs or raises `RuntimeError` with the reason. Each gives the same bits
-    in every run on the same device. Not differentiable.
+    in every run on the same device. Not differentiable. Under `torch.compile` one operator of the graph.
 
-    Raises `TypeError` or `ValueError` for arguments that do not fit together. Borders on a GPU are read back for that
+    Raises `TypeError` for an argument of a wrong type or dtype, `ValueError` for arguments that do not fit together.
+    Borders on a GPU are read back for that
     at their first use, which waits for the stream; borders on the CPU never do.
 
     Cost: T^2 (d + p) FLOPs for a sample of T tokens; `linear_grad` takes 2 T d p. See `gram_is_cheaper`.
@@ -51,10 +52,9 @@ def gram_norms(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, impl
     >>> pyeff.gram_norms(inputs, grad_outputs, torch.tensor([0, 2, 3]))
     tensor([18., 50.])
     """
-    borders = check_samples(inputs, grad_outputs, cu_seqlens)
-    chosen = OPERATION.explain(inputs, grad_outputs, cu_seqlens, impl=impl).impl
+    check_inputs(inputs, grad_outputs, cu_seqlens)
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-        return _OP(inputs, grad_outputs, borders, chosen)
+        return _OP(inputs, grad_outputs, cu_seqlens, impl)
 
 
 def gram_is_cheaper(tokens: int, d: int, p: int) -> bool:
@@ -73,16 +73,26 @@ def gram_is_cheaper(tokens: int, d: int, p: int) -> bool:
 OPERATION = Operation("gram_norms", ("triton", "cpu", "reference"), float32_limits)
 
 
-def _run(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, impl: str) -> Tensor:
-    return _implementation(impl)(inputs, grad_outputs, borders)
+def _run(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
+    samples = samples_of(cu_seqlens, inputs.shape[0])
+    chosen = OPERATION.explain(inputs, grad_outputs, cu_seqlens, impl=impl).impl
+    if chosen == "triton":
+        return norms_by_kernels(inputs, grad_outputs, samples)
+    run = _on_cpu if chosen == "cpu" else reference.gram_norms
+    return run(inputs, grad_outputs, samples.borders)
 
 
-def _implementation(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if impl == "triton":
-        from pyeff.triton_kernels.gram_norms import gram_norms as kernels
+def norms_by_kernels(inputs: Tensor, grad_outputs: Tensor, samples: Samples) -> Tensor:
+    """The squared norms by the Triton kernels, whose table of blocks is kept with the samples."""
+    from pyeff.triton_kernels import gram_norms as kernels
 
-        return kernels
-    return _on_cpu if impl == "cpu" else reference.gram_norms
+    config = kernels.config_of(inputs)
+    stream = torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
+    table = samples.made(
+        ("pairs", inputs.device, stream, config.bt),
+        lambda: kernels.pairs_of(samples.borders, config, inputs.device),
+    )
+    return kernels.gram_norms(inputs, grad_outputs, table, config=config)
 
 
 def _on_cpu(inputs: Tensor, grad_outputs: Tensor, borders: Tensor) -> Tensor:
@@ -132,9 +142,9 @@ def _gram(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
     return gram
 
 
-def _fake(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, impl: str) -> Tensor:
+def _fake(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    return inputs.new_empty(borders.shape[0] - 1, dtype=dtype)
+    return inputs.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype)
 
 
 torch.library.define("pyeff::gram_norms", "(Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, str impl) -> Tensor")

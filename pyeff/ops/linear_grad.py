@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyeff import reference as _reference
 from pyeff._extension import extension
-from pyeff.ops._dispatch import Operation
-from pyeff.ops._packed import host_borders
+from pyeff.ops._dispatch import Operation, environment_problem
+from pyeff.ops._packed import Samples, check_borders, samples_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,6 +25,23 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PANEL_BYTES = 32 << 20
 # Most of a float32 copy of 16-bit inputs.
 _COPY_BYTES = 16 << 20
+# On a GPU a panel takes this part of the L2 cache: the rest is for what the product reads.
+_L2_PART = 0.5
+
+
+@dataclass(frozen=True)
+class GpuRates:
+    """What `gram_add_on_is_cheaper` weighs: 16-bit FLOP/s of the Gram kernel, and what the end of a sample costs."""
+
+    gram_flops: float
+    drain_seconds: float
+
+
+# By compute capability. Estimates, none measured yet: a bit over half of what large products reach on A100 and H100; a
+# load from memory, the squares of a tile, and the first products of the next sample. The extra launches are two.
+GPU_RATES = {(8, 0): GpuRates(1.3e14, 1.5e-6), (9, 0): GpuRates(4.0e14, 1.5e-6)}
+_GRAM_LAUNCHES_SECONDS = 6e-6
+_TILE = 128  # of both kernels
 
 
 @dataclass(frozen=True)
@@ -66,14 +85,24 @@ def linear_grad(
 
     Everything accumulates in float32 (float64 inputs: in float64, by the reference implementation alone). `weight_grad`
     is rounded once at the end to the dtype of `inputs`, which is what autograd's would have; `norms_sq` and `dots` are
-    float32. An empty sample has norm and dot 0. NaN or infinity in a sample spoils that sample's numbers, and the sum.
+    float32. An empty sample has norm and dot 0. NaN or infinity in a sample makes that sample's numbers infinite or NaN
+    (which of the two may differ between implementations), and spoils the sum.
 
-    `impl`: "auto" takes the first that can run of "triton" (GPU), "cpu" (torch's matmul and one pass in C++) and
-    "reference" (plain torch); an explicit one runs or raises `RuntimeError` with the reason. Each gives the same bits
-    in every run on the same device. Not differentiable.
+    `impl`, which runs or raises `RuntimeError` with the reason; each gives the same bits in every run on one device:
 
-    Raises `TypeError` or `ValueError` for arguments that do not fit together. Borders on a GPU are read back for that
-    at their first use, which waits for the stream; borders on the CPU never do.
+    - "triton" (GPU): one kernel; a sample's tile meets its norm in registers.
+    - "gram" (GPU): torch's product for the gradient, and `gram_norms` for the norms. No dots, and where the gradients
+      of a sample's tokens cancel its small norm is rounded as `gram_norms` says.
+    - "panels" (GPU): torch's product for some samples' gradients at a time, into a panel that takes half of the L2
+      cache and is read there, by one more kernel; 3 KiB a sample.
+    - "cpu": the same with a panel of 32 MiB and C++.
+    - "reference": plain torch.
+
+    "auto" takes "cpu" on the CPU and on a GPU "triton", or "gram" where `gram_add_on_is_cheaper` says so; "reference"
+    where these cannot run. Not differentiable. Under `torch.compile` one operator of the graph.
+
+    Raises `TypeError` for an argument of a wrong type or dtype, `ValueError` for arguments that do not fit together.
+    Borders on a GPU are read back for that at their first use, which waits for the stream; borders on the CPU never do.
 
     Cost: 2 N d p FLOPs of matmul, those of the gradient alone, and about 3 S d p of vector arithmetic. Where only norms
     are wanted and samples are short, `gram_norms` takes fewer.
@@ -87,22 +116,17 @@ def linear_grad(
     >>> grad.weight_grad, grad.norms_sq
     (tensor([[8., 8.]]), tensor([18., 50.]))
     """
-    borders = check_samples(inputs, grad_outputs, cu_seqlens)
+    check_inputs(inputs, grad_outputs, cu_seqlens)
     _check(inputs, grad_outputs, weight_grad, norms, reference)
-    chosen = OPERATION.explain(
-        inputs, grad_outputs, cu_seqlens, weight_grad=weight_grad, norms=norms, reference=reference, impl=impl
-    ).impl
-    # On a GPU the kernel reads the borders, so those already there are better; elsewhere the host does.
-    samples = cu_seqlens if inputs.device == cu_seqlens.device else borders
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-        total, norms_sq, dots = _OP(inputs, grad_outputs, samples, weight_grad, norms, reference, chosen)
+        total, norms_sq, dots = _OP(inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference, impl)
     return LinearGrad(
         total if weight_grad else None, norms_sq if norms else None, dots if reference is not None else None
     )
 
 
-def check_samples(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The borders of packed `inputs` and `grad_outputs` on the host, once the three are known to fit together."""
+def check_inputs(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises unless the three fit together, what `cu_seqlens` holds aside: a traced call cannot read that."""
     for name, tensor in {"inputs": inputs, "grad_outputs": grad_outputs}.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -110,10 +134,10 @@ def check_samples(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> T
             raise ValueError(
                 f"{name} must be [tokens, features], got shape {tuple(tensor.shape)}; flatten the batch first"
             )
-    if inputs.dtype not in _FLOATS:
-        raise TypeError(f"inputs must be float16, bfloat16, float32 or float64, got {inputs.dtype}")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if grad_outputs.dtype != inputs.dtype:
-        raise TypeError(
+        raise ValueError(
             f"grad_outputs must have the dtype of inputs, {inputs.dtype}, got {grad_outputs.dtype}; cast one of them"
         )
     if grad_outputs.device != inputs.device:
@@ -124,21 +148,82 @@ def check_samples(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> T
         raise ValueError(
             f"grad_outputs must have the {inputs.shape[0]} tokens of inputs, got shape {tuple(grad_outputs.shape)}"
         )
-    return host_borders(cu_seqlens, inputs.shape[0])
+    check_borders(cu_seqlens)
 
 
 def float32_limits(impl: str, inputs: Tensor, *args: object, **kwargs: object) -> str | None:
     """Why an implementation that computes in float32 cannot take `inputs`, or None."""
     if impl != "reference" and inputs.dtype == torch.float64:
         return "it computes in float32, and inputs are float64"
-    if impl == "triton" and inputs.is_cuda and torch.cuda.get_device_capability(inputs.device) < (8, 0):
+    if impl in _KERNELS and inputs.is_cuda and torch.cuda.get_device_capability(inputs.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
-    if impl == "triton" and inputs.dtype == torch.bfloat16 and not inputs.is_cuda:
+    if impl in ("triton", "gram") and inputs.dtype == torch.bfloat16 and not inputs.is_cuda:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return None
 
 
-OPERATION = Operation("linear_grad", ("triton", "cpu", "reference"), float32_limits)
+# Implementations that launch Triton kernels.
+_KERNELS = ("triton", "panels", "gram")
+
+
+def _environment(impl: str, device: str) -> str | None:
+    return environment_problem("triton" if impl in _KERNELS else impl, device)
+
+
+def _limits(
+    impl: str, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, reference: Tensor | None = None, **_: object
+) -> str | None:
+    if impl == "gram" and reference is not None:
+        return "Gram matrices hold no dots with a reference"
+    return float32_limits(impl, inputs)
+
+
+def _order(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    weight_grad: bool = True,
+    norms: bool = True,
+    reference: Tensor | None = None,
+) -> tuple[str, ...]:
+    """The rule of `auto`."""
+    if not inputs.is_cuda:
+        return ("triton", "cpu", "reference")
+    if weight_grad and norms and reference is None and inputs.dtype in (torch.float16, torch.bfloat16):
+        capability, processors = _gpu(inputs.device)
+        samples = samples_of(cu_seqlens, inputs.shape[0])
+        if gram_add_on_is_cheaper(samples, inputs.shape[1], grad_outputs.shape[1], capability, processors):
+            return ("gram", "triton", "reference")
+    return ("triton", "reference")
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def gram_add_on_is_cheaper(samples: Samples, d: int, p: int, capability: tuple[int, int], processors: int) -> bool:
+    """Whether Gram norms beside a plain weight gradient cost less than its interruption at the end of every sample.
+
+    With M tiles of 128 x 128 of the gradient on P processors, each holding one, the right side is what the Triton
+    kernel loses by emptying its pipeline; the left what Gram matrices add to torch's product:
+
+        sum_s T_s (T_s + 128) (d + p) / gram_flops + launches < S ceil(M / P) drain
+
+    with the constants of `GPU_RATES`; never on a GPU that is not listed there. 16-bit inputs only.
+    """
+    rates = GPU_RATES.get(capability)
+    if rates is None:
+        return False
+    gram_flops = (samples.squares + _TILE * samples.cuts[-1]) * (d + p)
+    waves = -(-(-(-p // _TILE) * -(-d // _TILE)) // processors)
+    drains = (len(samples.cuts) - 1) * waves * rates.drain_seconds
+    return gram_flops / rates.gram_flops + _GRAM_LAUNCHES_SECONDS < drains
+
+
+OPERATION = Operation("linear_grad", ("triton", "cpu", "gram", "panels", "reference"), _limits, _environment, _order)
 
 
 def _run(
@@ -150,54 +235,122 @@ def _run(
     reference: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _implementation(impl)
-    return run(inputs, grad_outputs, cu_seqlens, weight_grad=weight_grad, norms=norms, reference=reference)
-
-
-def _implementation(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    if impl == "triton":
+    samples = samples_of(cu_seqlens, inputs.shape[0])
+    options: dict[str, Any] = {"weight_grad": weight_grad, "norms": norms, "reference": reference}
+    chosen = OPERATION.explain(inputs, grad_outputs, cu_seqlens, **options, impl=impl).impl
+    if chosen in _WITH_SAMPLES:
+        return _WITH_SAMPLES[chosen](inputs, grad_outputs, samples, **options)
+    # On a GPU the kernel reads the borders, so those already there are better; elsewhere the host does.
+    borders = cu_seqlens if inputs.device == cu_seqlens.device else samples.borders
+    if chosen == "triton":
         from pyeff.triton_kernels.linear_grad import linear_grad as kernels
 
-        return kernels
-    return _on_cpu if impl == "cpu" else _reference.linear_grad
+        return kernels(inputs, grad_outputs, borders, **options)
+    return _reference.linear_grad(inputs, grad_outputs, samples.borders, **options)
 
 
-def _on_cpu(
+def _on_cpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_panels(
+        inputs,
+        grad_outputs,
+        samples,
+        **wanted,
+        reduce=reduce_panel,
+        parts=lambda elements: 1,
+        panel_bytes=_PANEL_BYTES,
+        memory=kept_memory,
+    )
+
+
+def _on_gpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from pyeff.triton_kernels import linear_grad as kernels
+
+    return _by_panels(
+        inputs,
+        grad_outputs,
+        samples,
+        **wanted,
+        reduce=kernels.reduce_panel,
+        parts=kernels.panel_blocks,
+        panel_bytes=_panel_bytes(inputs.device),
+        memory=lambda elements: torch.empty(elements, dtype=torch.float32, device=inputs.device),
+    )
+
+
+@functools.cache
+def _panel_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PANEL_BYTES
+    return int(_L2_PART * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _with_gram(
     inputs: Tensor,
     grad_outputs: Tensor,
-    cu_seqlens: Tensor,
+    samples: Samples,
     *,
     weight_grad: bool,
     norms: bool,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from pyeff.ops.gram_norms import norms_by_kernels
+
+    empty = inputs.new_empty(0, dtype=torch.float32)
+    total = torch.mm(grad_outputs.T, inputs) if weight_grad else inputs.new_empty(0)
+    return total, norms_by_kernels(inputs, grad_outputs, samples) if norms else empty, empty.clone()
+
+
+_WITH_SAMPLES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "cpu": _on_cpu,
+    "panels": _on_gpu,
+    "gram": _with_gram,
+}
+
+
+def _by_panels(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    samples: Samples,
+    *,
+    weight_grad: bool,
+    norms: bool,
+    reference: Tensor | None,
+    reduce: Callable[..., None],
+    parts: Callable[[int], int],
+    panel_bytes: int,
+    memory: Callable[[int], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some samples' gradients at a time, of some rows, in a panel of `memory` that `reduce` passes over.
+
+    `reduce` leaves the numbers of a sample in `parts` (of how many elements the panel has a sample) to be summed.
+    """
     p, d = grad_outputs.shape[1], inputs.shape[1]
     # Samples without a token own no border: the others stand side by side.
-    has_tokens = cu_seqlens.diff() > 0
-    borders = cu_seqlens.unique_consecutive().tolist()
-    samples = len(borders) - 1 if p and d else 0
+    borders = [border for border, _ in groupby(samples.cuts)]
+    count = len(borders) - 1 if p and d else 0
     total = inputs.new_empty((p, d) if weight_grad else 0)
-    norms_sq = torch.zeros(len(borders) - 1, dtype=torch.float64) if norms else None
-    dots = None if reference is None else torch.zeros(len(borders) - 1, dtype=torch.float64)
 
     # Sums of 16-bit inputs are float32 until they are complete, and the reduction reads a plain float32 reference.
     sums_apart = weight_grad and total.dtype != torch.float32
     others = sums_apart + (reference is not None)
-    fits = _PANEL_BYTES // (4 * max(1, d))  # rows of length d
+    fits = panel_bytes // (4 * max(1, d))  # rows of length d
     rows = max(1, min(p, fits // (1 + others)))
-    most = max(1, min(samples, fits // rows - others))
-    panel = kept_memory(most * rows * d)
+    most = max(1, min(count, fits // rows - others))
+    panel = memory(most * rows * d)
     apart = inputs.new_empty((rows, d) if sums_apart else 0, dtype=torch.float32)
-    for row in range(0, p if samples else 0, rows):
+    shape = (len(borders) - 1, parts(rows * d))
+    norms_sq = inputs.new_zeros(shape, dtype=torch.float64) if norms else None
+    dots = None if reference is None else inputs.new_zeros(shape, dtype=torch.float64)
+    for row in range(0, p if count else 0, rows):
         part = grad_outputs[:, row : row + rows]
         width = part.shape[1]
         sums = apart[:width] if sums_apart else total[row : row + rows] if weight_grad else None
         target = None if reference is None else reference[row : row + rows].to(torch.float32).contiguous()
-        for first in range(0, samples, most):
+        for first in range(0, count, most):
             cut = borders[first : first + most + 1]
             grads = panel[: (len(cut) - 1) * width * d].view(-1, width, d)
             _sample_grads(inputs, part, cut, grads)
-            reduce_panel(
+            reduce(
                 grads,
                 reference=target,
                 total=sums,
@@ -207,7 +360,24 @@ def _on_cpu(
             )
         if sums is not None and sums_apart:
             total[row : row + rows] = sums
-    return total if samples else total.zero_(), _spread(norms_sq, has_tokens), _spread(dots, has_tokens)
+    return total if count else total.zero_(), _of_all(norms_sq, samples, total), _of_all(dots, samples, total)
+
+
+def _of_all(parts: Tensor | None, samples: Samples, like: Tensor) -> Tensor:
+    """The sums [S] in float32 of the `parts` of those samples that have tokens, and 0 for the others; [0] for None."""
+    if parts is None:
+        return like.new_empty(0, dtype=torch.float32)
+    sums = parts.sum(1).to(torch.float32)
+    if sums.numel() == len(samples.cuts) - 1:
+        return sums
+    where = samples.made(("with tokens", like.device), lambda: _with_tokens(samples, like.device))
+    return sums.new_zeros(len(samples.cuts) - 1).index_copy_(0, where, sums)
+
+
+def _with_tokens(samples: Samples, device: torch.device) -> Tensor:
+    where = samples.borders.diff().nonzero()[:, 0]
+    # A copy from pinned memory does not wait for the stream.
+    return where.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else where
 
 
 class _Kept(threading.local):
@@ -229,7 +399,9 @@ def kept_memory(elements: int) -> Tensor:
 def _sample_grads(inputs: Tensor, grad_outputs: Tensor, borders: list[int], grads: Tensor) -> None:
     """Writes G_s^T A_s of the samples between `borders` to `grads` [S, p, d]; samples of one length share a matmul."""
     (d, p), first = (inputs.shape[1], grad_outputs.shape[1]), 0
-    chunk = borders[-1] if inputs.dtype == torch.float32 else max(1, _COPY_BYTES // (4 * max(1, d + p)))  # tokens
+    # A GPU's product takes 16 bits to float32; a CPU's needs a copy, of so many tokens.
+    copied = inputs.dtype != torch.float32 and not inputs.is_cuda
+    chunk = max(1, _COPY_BYTES // (4 * max(1, d + p))) if copied else borders[-1]
     for length, run in groupby(end - start for start, end in pairwise(borders)):
         count = len(list(run))
         together = max(1, chunk // length)
@@ -239,11 +411,15 @@ def _sample_grads(inputs: Tensor, grad_outputs: Tensor, borders: list[int], grad
             a = inputs[tokens].unflatten(0, (-1, length))  # [S, T, d]
             g = grad_outputs[tokens].unflatten(0, (-1, length)).transpose(1, 2)  # [S, p, T]
             for t in range(0, length, chunk):
-                g_t, a_t = g[:, :, t : t + chunk].to(torch.float32), a[:, t : t + chunk].to(torch.float32)
-                if t == 0:
+                g_t, a_t = g[:, :, t : t + chunk], a[:, t : t + chunk]
+                if copied:
+                    g_t, a_t = g_t.to(torch.float32), a_t.to(torch.float32)
+                if t > 0:
+                    out.baddbmm_(g_t, a_t)
+                elif g_t.dtype == torch.float32:
                     torch.bmm(g_t, a_t, out=out)
                 else:
-                    out.baddbmm_(g_t, a_t)
+                    torch.bmm(g_t, a_t, torch.float32, out=out)
         first += count
 
 
@@ -274,13 +450,6 @@ def reduce_panel(
         dots=0 if dots is None else dots.data_ptr(),
         threads=torch.get_num_threads(),
     )
-
-
-def _spread(values: Tensor | None, has_tokens: Tensor) -> Tensor:
-    """float32 `values` of the samples that have tokens, and 0 for the others: [S], or [0] for None."""
-    if values is None:
-        return torch.zeros(0)
-    return torch.zeros(has_tokens.shape[0]).masked_scatter_(has_tokens, values.to(torch.float32))
 
 
 def _fake(

@@ -186,9 +186,9 @@ def test_tiles_change_only_the_rounding(tile: tuple[int, int]) -> None:
     kernels = importlib.import_module("pyeff.triton_kernels.gram_norms")
     inputs, grad_outputs, borders = problem([5, 0, 170, 17, 64], 50, 30)
     device = "cpu" if interpreting() else "cuda"
-    found = kernels.gram_norms(
-        inputs.to(device), grad_outputs.to(device), torch.tensor(borders), config=kernels.Config(*tile, 4, 2)
-    )
+    config = kernels.Config(*tile, 4, 2)
+    pairs = kernels.pairs_of(torch.tensor(borders), config, torch.device(device))
+    found = kernels.gram_norms(inputs.to(device), grad_outputs.to(device), pairs, config=config)
     assert_accurate(found.cpu(), inputs, grad_outputs, borders)
 
 

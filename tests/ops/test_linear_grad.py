@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -23,6 +24,7 @@ import pyeff
 from pyeff import LinearGrad
 from pyeff._extension import extension
 from pyeff.ops._dispatch import interpreting
+from pyeff.ops._packed import samples_of
 
 pytestmark = backends.quiet_interpreter
 
@@ -43,9 +45,12 @@ class Backend(backends.Backend):
         fields = {name: getattr(found, name) for name in FIELDS}
         return LinearGrad(**{name: value if value is None else value.cpu() for name, value in fields.items()})
 
+    def takes(self, reference: Tensor) -> Tensor | None:
+        return None if self.impl == "gram" else reference
 
-BACKENDS = backends.on_cpu(Backend)
-every_backend = backends.on_every(Backend)
+
+BACKENDS = backends.on_cpu(Backend, "panels", "gram")
+every_backend = backends.on_every(Backend, "panels", "gram")
 
 
 def borders_of(lengths: list[int]) -> list[int]:
@@ -72,13 +77,27 @@ def materialised(
     )
 
 
+def of_grams(inputs: Tensor, grad_outputs: Tensor, borders: list[int]) -> Tensor:
+    """The norms by Gram matrices in float32."""
+    a, g = inputs.float(), grad_outputs.float()
+    return torch.stack([((a[i:j] @ a[i:j].T) * (g[i:j] @ g[i:j].T)).sum() for i, j in itertools.pairwise(borders)])
+
+
 def assert_accurate(
-    actual: LinearGrad, inputs: Tensor, grad_outputs: Tensor, borders: list[int], reference: Tensor
+    actual: LinearGrad,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    borders: list[int],
+    reference: Tensor,
+    impl: str = "auto",
 ) -> None:
     """As accurate as torch in float32; few numbers are few draws of its rounding errors, hence a multiple of 4."""
     exact = materialised(inputs, grad_outputs, borders, reference, torch.float64)
     peer = materialised(inputs, grad_outputs, borders, reference, torch.float32)
-    for name in FIELDS:
+    if impl == "gram":
+        assert actual.dots is None
+        peer = dataclasses.replace(peer, norms_sq=of_grams(inputs, grad_outputs, borders))
+    for name in FIELDS[: 2 if impl == "gram" else 3]:
         expected = getattr(peer, name)
         if name == "weight_grad":
             expected = expected.to(inputs.dtype)
@@ -106,10 +125,11 @@ def test_as_accurate_as_materialised_gradients(
         with pytest.raises(RuntimeError, match="bfloat16"):
             backend.grad(inputs, grad_outputs, borders)
         return
-    found = backend.grad(inputs, grad_outputs, borders, reference=reference)
+    found = backend.grad(inputs, grad_outputs, borders, reference=backend.takes(reference))
     assert found.weight_grad.dtype == dtype
-    assert found.norms_sq.dtype == found.dots.dtype == torch.float32
-    assert_accurate(found, inputs, grad_outputs, borders, reference)
+    assert found.norms_sq.dtype == torch.float32
+    assert found.dots is None or found.dots.dtype == torch.float32
+    assert_accurate(found, inputs, grad_outputs, borders, reference, backend.impl)
 
 
 def test_reference_in_float64_is_what_autograd_says_of_one_sample_at_a_time() -> None:
@@ -140,7 +160,11 @@ def test_what_is_not_asked_for_is_none_and_changes_nothing_else(
         with pytest.raises(ValueError, match="nothing is asked for"):
             backend.grad(inputs, grad_outputs, borders, **options)
         return
-    everything = backend.grad(inputs, grad_outputs, borders, reference=reference)
+    if dots and backend.takes(reference) is None:
+        with pytest.raises(RuntimeError, match="no dots"):
+            backend.grad(inputs, grad_outputs, borders, **options)
+        return
+    everything = backend.grad(inputs, grad_outputs, borders, reference=backend.takes(reference))
     found = backend.grad(inputs, grad_outputs, borders, **options)
     for name, asked in zip(FIELDS, wanted, strict=True):
         value = getattr(found, name)
@@ -164,20 +188,21 @@ def cancelling(lengths: list[int], d: int, p: int, dtype: torch.dtype) -> tuple[
 def test_gradients_of_tokens_that_cancel(backend: Backend, dtype: torch.dtype) -> None:
     case = cancelling([128, 2, 64], 48, 40, dtype)
     inputs, grad_outputs, borders, reference = case
-    assert_accurate(backend.grad(inputs, grad_outputs, borders, reference=reference), *case)
+    found = backend.grad(inputs, grad_outputs, borders, reference=backend.takes(reference))
+    assert_accurate(found, *case, backend.impl)
 
 
 @every_backend
 def test_a_sample_with_nan_or_infinity_spoils_only_itself(backend: Backend) -> None:
     inputs, grad_outputs, borders, reference = problem([9, 70, 0, 66, 5], 20, 24)
-    clean = backend.grad(inputs, grad_outputs, borders, reference=reference)
+    taken = backend.takes(reference)
+    clean = backend.grad(inputs, grad_outputs, borders, reference=taken)
     # The last token of a sample and the first of the next lie in one block of tokens.
     inputs[78, 3] = math.nan
     grad_outputs[145, 7] = math.inf
-    found = backend.grad(inputs, grad_outputs, borders, reference=reference)
-    assert not found.norms_sq[[1, 4]].isfinite().any()
-    assert not found.dots[[1, 4]].isfinite().any()
-    for name in ("norms_sq", "dots"):
+    found = backend.grad(inputs, grad_outputs, borders, reference=taken)
+    for name in ("norms_sq", "dots") if taken is not None else ("norms_sq",):
+        assert not getattr(found, name)[[1, 4]].isfinite().any()
         assert torch.equal(getattr(found, name)[[0, 2, 3]], getattr(clean, name)[[0, 2, 3]])
     assert found.weight_grad[:, 3].isnan().all()
 
@@ -186,10 +211,11 @@ def test_a_sample_with_nan_or_infinity_spoils_only_itself(backend: Backend) -> N
 @pytest.mark.parametrize("shape", [([], 4, 3), ([0, 0], 4, 3), ([5, 2], 0, 3), ([5, 2], 4, 0)], ids=str)
 def test_nothing_sums_to_zero(backend: Backend, shape: tuple[list[int], int, int]) -> None:
     inputs, grad_outputs, borders, reference = problem(*shape)
-    found = backend.grad(inputs, grad_outputs, borders, reference=reference)
+    taken = backend.takes(reference)
+    found = backend.grad(inputs, grad_outputs, borders, reference=taken)
     assert torch.equal(found.weight_grad, torch.zeros(reference.shape))
     assert torch.equal(found.norms_sq, torch.zeros(len(shape[0])))
-    assert torch.equal(found.dots, torch.zeros(len(shape[0])))
+    assert taken is None or torch.equal(found.dots, torch.zeros(len(shape[0])))
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
@@ -209,8 +235,8 @@ def strided(tensor: Tensor, how: str) -> Tensor:
 def test_any_strides(backend: Backend, how: str, dtype: torch.dtype) -> None:
     inputs, grad_outputs, borders, reference = problem([30, 30, 7], 40, 36, dtype)
     inputs, grad_outputs, reference = (strided(t.to(backend.device), how) for t in (inputs, grad_outputs, reference))
-    found = backend.grad(inputs, grad_outputs, borders, reference=reference)
-    assert_accurate(found, inputs.cpu(), grad_outputs.cpu(), borders, reference.cpu())
+    found = backend.grad(inputs, grad_outputs, borders, reference=backend.takes(reference))
+    assert_accurate(found, inputs.cpu(), grad_outputs.cpu(), borders, reference.cpu(), backend.impl)
 
 
 @every_backend
@@ -226,22 +252,24 @@ def test_offsets_beyond_32_bits(backend: Backend) -> None:
         return view.copy_(tensor)
 
     for a, g in ((spread(inputs), grad_outputs), (inputs, spread(grad_outputs))):
-        found = backend.grad(a, g, borders, reference=reference)
-        assert_accurate(found, inputs, grad_outputs, borders, reference)
+        found = backend.grad(a, g, borders, reference=backend.takes(reference))
+        assert_accurate(found, inputs, grad_outputs, borders, reference, backend.impl)
 
 
 @pytest.mark.parametrize(
     "backend",
     [
         *(b for b in BACKENDS if b.impl != "reference"),
-        pytest.param(Backend("triton", "cuda"), marks=pytest.mark.gpu),
+        *(pytest.param(Backend(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("triton", "panels", "gram")),
     ],
     ids=backends.name_of,
 )
 def test_repeats_give_the_same_bits(backend: Backend) -> None:
     inputs, grad_outputs, borders, reference = problem([70, 70, 3, 140], 150, 140)
-    first, again = (backend.grad(inputs, grad_outputs, borders, reference=reference) for _ in range(2))
-    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in FIELDS)
+    taken = backend.takes(reference)
+    first, again = (backend.grad(inputs, grad_outputs, borders, reference=taken) for _ in range(2))
+    for name in FIELDS if taken is not None else FIELDS[:2]:
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
 
 
 lengths_of_samples = st.lists(st.integers(0, 9), min_size=1, max_size=8)
@@ -368,8 +396,10 @@ def test_arguments_that_do_not_fit_are_named() -> None:
             operation(a[None], g, borders)
         with pytest.raises(ValueError, match="grad_outputs must have the 7 tokens"):
             operation(a, g[:6], borders)
-        with pytest.raises(TypeError, match="grad_outputs must have the dtype of inputs"):
+        with pytest.raises(ValueError, match="grad_outputs must have the dtype of inputs"):
             operation(a, g.double(), borders)
+        with pytest.raises(TypeError, match="grad_outputs must be float16"):
+            operation(a, g.long(), borders)
         with pytest.raises(TypeError, match="inputs must be float16"):
             operation(a.long(), g.long(), borders)
         with pytest.raises(ValueError, match="grad_outputs must be on the device of inputs"):
@@ -394,6 +424,49 @@ def test_opcheck() -> None:
             torch.library.opcheck(operator, (inputs, grad_outputs, torch.tensor(borders), *options, impl))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_as_one_graph(dynamic: bool) -> None:
+    def norms(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
+        grad = pyeff.linear_grad(inputs * 2, grad_outputs, cu_seqlens, reference=reference)
+        return grad.weight_grad, grad.norms_sq + 1, grad.dots, pyeff.gram_norms(inputs, grad_outputs, cu_seqlens)
+
+    compiled = torch.compile(norms, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for lengths in ([3, 0, 4], [5, 6, 7]):
+        inputs, grad_outputs, borders, reference = problem(lengths, 5, 6)
+        arguments = (inputs.requires_grad_(), grad_outputs, torch.tensor(borders), reference)
+        for found, expected in zip(compiled(*arguments), norms(*arguments), strict=True):
+            assert torch.equal(found, expected)
+            assert not found.requires_grad
+    with pytest.raises(ValueError, match="cu_seqlens must rise"):
+        compiled(inputs, grad_outputs, torch.tensor([0, 2, 1, 18]), reference)
+
+
+def test_known_borders_are_not_read_back_twice_unless_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pyeff.ops._packed")
+
+    class Counted(torch.Tensor):
+        """Borders on some device that is not the CPU's."""
+
+        reads = 0
+        device = torch.device("meta")
+
+        def cpu(self) -> Tensor:
+            Counted.reads += 1
+            return self.as_subclass(Tensor)
+
+    borders = torch.tensor([0, 3, 7]).as_subclass(Counted)
+    first = module.samples_of(borders, 7)
+    assert module.samples_of(borders, 7) is first
+    assert first.squares == 3**2 + 4**2
+    with pytest.raises(ValueError, match="number of tokens, 8"):
+        module.samples_of(borders, 8)
+    assert Counted.reads == 1
+    borders[1] = 9
+    with pytest.raises(ValueError, match=r"got \[0, 9, 7\]"):
+        module.samples_of(borders, 7)
+    assert Counted.reads == 2
+
+
 @pytest.mark.gpu
 def test_known_borders_do_not_make_the_host_wait() -> None:
     inputs, grad_outputs, borders, reference = (
@@ -413,21 +486,120 @@ def test_known_borders_do_not_make_the_host_wait() -> None:
 TILES = [(16, 16, 16), (16, 32, 32), (64, 16, 16), (128, 128, 64)]
 
 
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("workspace", [1, 32 << 20], ids=["many launches", "one launch"])
 def test_tiles_and_launches_change_only_the_rounding(
-    tile: tuple[int, int, int], workspace: int, monkeypatch: pytest.MonkeyPatch
+    tile: tuple[int, int, int], workspace: int, described: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = importlib.import_module("pyeff.triton_kernels.linear_grad")
     monkeypatch.setattr(kernels, "WORKSPACE", workspace)
     monkeypatch.setattr(kernels, "LEAST_TILES", 7)
-    # Ten rows of tiles of sixteen: more than a group of eight.
-    inputs, grad_outputs, borders, reference = problem([5, 0, 40, 17], 50, 150)
+    # Ten rows of tiles of sixteen: more than a group of eight. Whole blocks of tokens, and what is left of a sample.
+    inputs, grad_outputs, borders, reference = problem([5, 0, 40, 64, 81], 52, 152)
     device = "cpu" if interpreting() else "cuda"
-    moved = (t.to(device) for t in (inputs, grad_outputs, torch.tensor(borders)))
-    fields = kernels.linear_grad(*moved, reference=reference.to(device), config=kernels.Config(*tile, 4, 2))
+    moved = [t.to(device) for t in (inputs, grad_outputs, torch.tensor(borders))]
+    assert all(kernels.describable(t) for t in moved[:2])
+    config = kernels.Config(*tile, 4, 2, described)
+    fields = kernels.linear_grad(*moved, reference=reference.to(device), config=config)
     found = LinearGrad(*(field.cpu() for field in fields))
     assert_accurate(found, inputs, grad_outputs, borders, reference)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("plain", True), ("rows apart", True), ("transposed", False), ("every other", False), ("one row repeated", False)],
+)
+def test_only_rows_that_begin_aligned_are_described(how: str, told: bool) -> None:
+    kernels = importlib.import_module("pyeff.triton_kernels.linear_grad")
+    tensor = torch.randn(12, 8)
+    assert kernels.describable(tensor if how == "plain" else strided(tensor, how)) == told
+    # A row of seven is 28 bytes; a column later the first row begins at 4.
+    assert not kernels.describable(torch.randn(12, 7))
+    assert not kernels.describable(tensor[:, 1:5])
+
+
+def test_measured_launch_choices_come_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("pyeff.triton_kernels.linear_grad")
+    large, small = kernels.Config(128, 128, 64, 8, 3, True), kernels.Config(64, 64, 64, 4, 4)
+    monkeypatch.setattr(kernels, "MEASURED", {((9, 0), False): ((1 << 20, large), (0, small))})
+    picked = [kernels.pick_config(torch.bfloat16, False, (9, 0), elements) for elements in (1 << 24, 1 << 20, 9)]
+    assert picked == [large, large, small]
+    for others in ((torch.float32, False, (9, 0)), (torch.bfloat16, True, (9, 0)), (torch.bfloat16, False, (8, 0))):
+        assert kernels.pick_config(*others, 9) not in (large, small)
+
+
+# ------------------------------------------------------------------------------------------------- panels and Grams
+
+
+@pytest.mark.parametrize("panel", [1, 3000, 60000], ids=["rows", "samples", "all"])
+@pytest.mark.parametrize("block", [16, 1024])
+def test_panels_of_the_gpu_change_only_the_rounding(panel: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pyeff.ops.linear_grad")
+    kernels = importlib.import_module("pyeff.triton_kernels.linear_grad")
+    monkeypatch.setattr(module, "_panel_bytes", lambda device: panel)
+    monkeypatch.setattr(kernels, "PANEL_BLOCK", block)
+    backend = Backend("panels", "cpu" if interpreting() else "cuda")
+    for dtype in (torch.float32, torch.float16):
+        inputs, grad_outputs, borders, reference = problem([4, 4, 0, 9], 12, 10, dtype)
+        found = backend.grad(inputs, grad_outputs, borders, reference=reference)
+        assert_accurate(found, inputs, grad_outputs, borders, reference)
+
+
+def lengths_between(low: int, high: int, tokens: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        drawn = int(torch.randint(low, high, (), generator=generator))
+        lengths.append(min(drawn, tokens - sum(lengths)))
+    return lengths
+
+
+def test_gram_norms_are_added_exactly_where_they_cost_less_than_the_interruptions() -> None:
+    module = importlib.import_module("pyeff.ops.linear_grad")
+    capability, processors, d, p = (9, 0), 132, 4096, 1024
+    rates = module.GPU_RATES[capability]
+    for lengths in ([64] * 256, [200] * 80, [512] * 32, [2048] * 8, [16384], lengths_between(64, 513, 16384), []):
+        samples = samples_of(torch.tensor(borders_of(lengths)), sum(lengths))
+        # Blocks of 128 tokens, counted one by one: i <= j, both Grams, two FLOPs a product.
+        gram_flops = sum((length**2 + 128 * length) * (d + p) for length in lengths)
+        waves = math.ceil(math.ceil(d / 128) * math.ceil(p / 128) / processors)
+        gram = gram_flops / rates.gram_flops + module._GRAM_LAUNCHES_SECONDS
+        drains = len(lengths) * waves * rates.drain_seconds
+        assert module.gram_add_on_is_cheaper(samples, d, p, capability, processors) == (gram < drains)
+    assert not module.gram_add_on_is_cheaper(samples, d, p, (7, 5), processors)
+
+
+def test_short_samples_take_gram_norms_and_long_ones_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pyeff.ops.linear_grad")
+    monkeypatch.setattr(module, "_gpu", lambda device: ((9, 0), 132))
+
+    class OnGpu:
+        """What the rule asks of a tensor."""
+
+        is_cuda, dtype, device = True, torch.bfloat16, "cuda:0"
+        shape = (16384, 4096)
+
+    short, long = torch.arange(0, 16385, 128), torch.arange(0, 16385, 2048)
+    gpu: Any = OnGpu()
+    assert module._order(gpu, gpu, short)[0] == "gram"
+    assert module._order(gpu, gpu, long)[0] == "triton"
+    for options in ({"norms": False}, {"weight_grad": False}, {"reference": gpu}):
+        assert module._order(gpu, gpu, short, **options)[0] == "triton"
+    OnGpu.dtype = torch.float32
+    assert module._order(gpu, gpu, short)[0] == "triton"
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_keeps_to_its_rule() -> None:
+    module = importlib.import_module("pyeff.ops.linear_grad")
+    inputs = torch.randn(4096, 512, dtype=torch.bfloat16, device="cuda")
+    for length in (64, 4096):
+        cu_seqlens = torch.arange(0, 4097, length, device="cuda")
+        samples = samples_of(cu_seqlens, 4096)
+        gram = module.gram_add_on_is_cheaper(samples, 512, 512, *module._gpu(inputs.device))
+        found = pyeff.explain(pyeff.linear_grad, inputs, inputs, cu_seqlens)
+        assert found.impl == ("gram" if gram else "triton")
 
 
 # ---------------------------------------------------------------------------------------------------- the CPU kernel

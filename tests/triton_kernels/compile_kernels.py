@@ -44,15 +44,28 @@ def linear_cross_entropy_scores(
     module.linear_cross_entropy_scores(hidden, weight, targets, **options)
 
 
-def linear_grad(dtype: torch.dtype, *, features: int = 4096, referenced: bool = False) -> None:
-    """A weight gradient of 16384 tokens in 8 samples, with their norms."""
+def linear_grad(
+    dtype: torch.dtype, *, features: int = 4096, referenced: bool = False, tile: tuple[Any, ...] | None = None
+) -> None:
+    """A weight gradient of 16384 tokens in 8 samples, with their norms; from sm_90 with a `tile` of its own."""
     from pyeff.triton_kernels import linear_grad as module
 
     inputs = torch.empty(16384, features, dtype=dtype, device="meta")
     grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
     cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
     reference = torch.empty(4096, features, dtype=dtype, device="meta") if referenced else None
-    module.linear_grad(inputs, grad_outputs, cu_seqlens, reference=reference)
+    config = module.Config(*tile) if tile and torch.cuda.get_device_capability() >= (9, 0) else None
+    module.linear_grad(inputs, grad_outputs, cu_seqlens, reference=reference, config=config)
+
+
+def linear_grad_panel(*, referenced: bool = False) -> None:
+    """The pass over a panel of two samples' gradients."""
+    from pyeff.triton_kernels import linear_grad as module
+
+    panel = torch.empty(2, 512, 4096, device="meta")
+    sums = torch.empty(8, module.panel_blocks(panel[0].numel()), dtype=torch.float64, device="meta")
+    dots = {"reference": panel[0], "dots": sums} if referenced else {}
+    module.reduce_panel(panel, total=panel[0], norms_sq=sums, **dots)
 
 
 def gram_norms(dtype: torch.dtype, *, features: int = 4096) -> None:
@@ -61,7 +74,9 @@ def gram_norms(dtype: torch.dtype, *, features: int = 4096) -> None:
 
     inputs = torch.empty(16384, features, dtype=dtype, device="meta")
     grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
-    module.gram_norms(inputs, grad_outputs, torch.arange(0, 16385, 2048))
+    config = module.config_of(inputs)
+    pairs = module.pairs_of(torch.arange(0, 16385, 2048), config, torch.device("cpu"))
+    module.gram_norms(inputs, grad_outputs, pairs, config=config)
 
 
 # One entry for every way in which a launcher specialises its kernels so that registers or the pipeline could change.
@@ -78,6 +93,11 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_grad.fp16_ragged": partial(linear_grad, torch.float16, features=1040),
     "linear_grad.fp32": partial(linear_grad, torch.float32),
     "linear_grad.fp32_reference": partial(linear_grad, torch.float32, referenced=True),
+    # What the tuning script tries beside the choice that ships.
+    "linear_grad.descriptors": partial(linear_grad, torch.bfloat16, tile=(128, 128, 64, 8, 4, True)),
+    "linear_grad.narrow": partial(linear_grad, torch.bfloat16, tile=(64, 64, 64, 4, 4)),
+    "linear_grad.panel": linear_grad_panel,
+    "linear_grad.panel_reference": partial(linear_grad_panel, referenced=True),
     "gram_norms.bf16": partial(gram_norms, torch.bfloat16),
     "gram_norms.fp16_ragged": partial(gram_norms, torch.float16, features=1040),
     "gram_norms.fp32": partial(gram_norms, torch.float32),
