@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyeff.scoring.el2n import EL2N
 from pyeff.scoring.grand import GraNd
+from pyeff.scoring.last_layer import LastLayerGraNd
 from pyeff.scoring.method import ScoreMethod
 from pyeff.scoring.pool import FIELDS, PoolScores, answer_embeddings, cosine_similarity, score_batches
 from pyeff.scoring.scores import Scores, average
@@ -13,6 +14,7 @@ __all__ = [
     "EL2N",
     "FIELDS",
     "GraNd",
+    "LastLayerGraNd",
     "PoolScores",
     "ScoreMethod",
     "Scores",

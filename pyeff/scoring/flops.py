@@ -24,14 +24,26 @@ def _scores(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * hidden.shape[0] * weight.numel()
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    batch, heads, rows, width = query.shape
+    return 2 * batch * heads * rows * key.shape[2] * (width + value.shape[3])
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    # Four products for two; what is multiplied once more to save memory is not counted, as in pyeff.governor.
+    return 2 * _attention(query, key, value)
+
+
 def flop_counter() -> Any:
-    """A `torch.utils.flop_counter.FlopCounterMode` that knows pyeff's own operations too."""
+    """A `torch.utils.flop_counter.FlopCounterMode` that knows pyeff's operations and torch's attention on the CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
     formulas = {
         torch.ops.pyeff.linear_grad: _linear_grad,
         torch.ops.pyeff.gram_norms: _gram_norms,
         torch.ops.pyeff.linear_cross_entropy_scores: _scores,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
     for formula in formulas.values():
         formula._get_raw = True  # type: ignore[attr-defined]  # tensors instead of their shapes

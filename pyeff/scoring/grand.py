@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pyeff.observation import observe
 from pyeff.scoring.classification import check_targets, logits_of
+from pyeff.scoring.language import (
+    BatchWork,
+    Reduction,
+    check_reduction,
+    token_weights,
+    undefined_if_empty,
+    variant,
+)
+from pyeff.scoring.language_model import answer_logits
 from pyeff.scoring.method import ScoreMethod
+
+if TYPE_CHECKING:
+    from pyeff.data import LabelPositions, PackedBatch
+    from pyeff.governor import TransformerShape
 
 
 class GraNd(ScoreMethod):
@@ -17,12 +31,17 @@ class GraNd(ScoreMethod):
 
         score = || d l(x, y) / d theta ||_2
 
+    For a language model l is the mean loss of the sample's answer tokens; with `reduction="sum"` their sum, of which
+    long answers have larger gradients.
+
     All norms of a batch come out of one backward pass, see `pyeff.observe`, which also says which layers can be
     observed; ``strict=False`` leaves parameters out that cannot. It is an expectation over initialisations: take the
     `average` of several. At initialisation itself GraNd is known not to find important samples (Kirsch 2023,
     arXiv:2303.14753); score after a little training.
 
-    Cost: one forward and one backward pass. `.grad` is left as it was; no more than one layer's gradient is in memory.
+    Cost: one forward pass, one backward pass to the inputs of every layer, and for each layer's norms the smaller of
+    2 T d p and T^2 (d + p) FLOPs a sample (`pyeff.gram_norms`). `.grad` is left as it was; no more than one layer's
+    gradient is in memory. A language model's logits are, at the answer tokens of a batch.
 
     Paul, Ganguli, Dziugaite 2021, "Deep Learning on a Data Diet", arXiv:2107.07075.
 
@@ -34,13 +53,16 @@ class GraNd(ScoreMethod):
     (5, 'GraNd')
     """
 
-    def __init__(self, *, strict: bool = True) -> None:
+    def __init__(self, *, reduction: Reduction = "mean", strict: bool = True) -> None:
+        check_reduction(reduction)
+        self._reduction: Reduction = reduction
         self._strict = strict
 
     @property
     def name(self) -> str:
-        """GraNd, with what was left out."""
-        return "GraNd" if self._strict else "GraNd (observable parameters)"
+        """GraNd, with how answer tokens are reduced, if not to their mean, and what was left out."""
+        what = [] if self._reduction == "mean" else ["sum over answer tokens"]
+        return variant("GraNd", *what, *([] if self._strict else ["observable parameters"]))
 
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Scores [B] by one backward pass of the summed loss: a sample's share of it is its own gradient."""
@@ -50,3 +72,34 @@ class GraNd(ScoreMethod):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
         return seen.grad_norms
+
+    def read(self, model: nn.Module, batch: PackedBatch, where: LabelPositions) -> Tensor:
+        """Scores [S] by one backward pass of the samples' losses, summed."""
+        if where.targets.numel() == 0:
+            return torch.full((batch.samples,), torch.nan)
+        weights = token_weights(where.cu_seqlens, where.targets.numel(), self._reduction)
+        with torch.enable_grad(), observe(model, strict=self._strict, gradient=False) as seen:
+            seen.segments(batch.cu_seqlens, kept=where.cu_seqlens)
+            logits = answer_logits(model, batch, where)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses = torch.nn.functional.cross_entropy(logits, where.targets, reduction="none")
+            (losses * weights).sum().backward()
+        return undefined_if_empty(seen.grad_norms, where.cu_seqlens)
+
+    def read_flops(self, shape: TransformerShape, work: BatchWork) -> int | None:
+        """FLOPs of the passes and of the norms, which take the place of the weights' gradients."""
+        layer = list(shape.linears.values())
+        head = (shape.hidden_size, shape.vocab_size)
+        answers = sum(work.answers)
+        total = work.of(shape.train_cost()) - 2 * answers * head[0] * head[1]
+        total -= shape.layers * sum(2 * work.tokens * d * p for d, p in layer)
+        total += shape.layers * sum(weight_norms_flops(work.lengths, d, p) for d, p in layer)
+        total += weight_norms_flops(work.answers, *head)
+        if shape.tied_embeddings:  # the product of the head's gradient with the embedding's
+            total += sum(2 * t * a * head[0] for t, a in zip(work.lengths, work.answers, strict=True))
+        return total
+
+
+def weight_norms_flops(lengths: Sequence[int], d: int, p: int) -> int:
+    """FLOPs of the norms of a d -> p layer's gradients for samples of these many tokens, by the cheaper operation."""
+    return min(sum(length**2 for length in lengths) * (d + p), 2 * sum(lengths) * d * p)

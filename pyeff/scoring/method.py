@@ -7,21 +7,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pyeff.scoring.classification import Classification
+from pyeff.scoring.language import BatchWork, LanguageScoring, is_language_data
 from pyeff.scoring.scores import Scores, shares
 from pyeff.scoring.store import ScoreStore
 from pyeff.scoring.work import ScoredBatch, Work, device_of, evaluating, model_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pyeff.data import LabelPositions, PackedBatch
+    from pyeff.governor import TransformerShape
 
 
 class ScoreMethod(ABC):
     """A way to say what samples are worth. Subclasses say what the scores of one batch are.
 
-    To add a method, give it a `name` and `classify`; everything else (batches, Parquet, resuming, cost) is here.
+    To add a method, give it a `name`, `classify` and, for language models, `read`; everything else (batches, Parquet,
+    resuming, cost, progress) is here.
     """
 
     @property
@@ -33,6 +41,17 @@ class ScoreMethod(ABC):
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Scores [B] of a batch of a classifier; ``targets`` [B] are class numbers on the model's device."""
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027  (most methods can use any model)
+        """Raise `UserError` for a language model that this method cannot use; called once, before any score."""
+
+    def read(self, model: nn.Module, batch: PackedBatch, where: LabelPositions) -> Tensor:
+        """Scores [S] of the samples of a packed batch of a language model, answers at ``where``; NaN without answer."""
+        raise NotImplementedError(f"{self.name} does not score language models")
+
+    def read_flops(self, shape: TransformerShape, work: BatchWork) -> int | None:
+        """FLOPs of `read` by formula, for a dense model trained in full; None to have every batch counted by torch."""
+        return None
+
     def score(
         self,
         model: nn.Module,
@@ -40,6 +59,8 @@ class ScoreMethod(ABC):
         *,
         path: str | Path | None = None,
         batch_size: int = 64,
+        batch_tokens: int = 1024,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
         checkpoint: str = "",
         resume: bool = True,
@@ -49,15 +70,20 @@ class ScoreMethod(ABC):
         """Score every sample of a data set.
 
         Args:
-            model: A classifier: a module that maps inputs to logits [B, C], or to something with these as ``logits``.
-                It is scored in evaluation mode and left in its own, with its parameters and their ``.grad`` untouched.
+            model: A classifier: a module that maps inputs to logits [B, C], or to something with these as ``logits``;
+                or a causal language model of transformers, where the data set is one of `pyeff.data`. It is scored in
+                evaluation mode and left in its own, with its parameters and their ``.grad`` untouched.
             dataset: Tensors ``(x, y)`` or ``(ids, x, y)``, or any map-style data set of ``(x, y)`` or ``(id, x, y)``.
                 ``y`` are class numbers; ids are unique strings or integers, without them the places in the data set.
+                Or, for a language model, `pyeff.data.EncodedSamples`; samples or sources, with a ``tokenizer``.
             path: A directory to stream the table to, as Parquet parts that a kill leaves whole. Called again with the
                 same arguments, scoring goes on where it stopped and ends with the same scores, bit for bit on the
                 same machine with as many threads (the seconds are those that each part took). None keeps the
                 table in memory.
-            batch_size: Samples of a batch.
+            batch_size: Samples of a batch of a classifier.
+            batch_tokens: Tokens of a packed batch of a language model; the longest sample must fit. A packed batch
+                multiplies all pairs of its tokens in attention.
+            tokenizer: What samples are encoded by that are not yet.
             seed: Stands in the table; and torch's generator is seeded with it and the batch's number before each
                 batch, so that a data set or model that draws random numbers draws them again. The generator is left as
                 it was.
@@ -68,7 +94,8 @@ class ScoreMethod(ABC):
                 own and not repeated.
 
         Returns:
-            The scores in the order of the data set. NaN where the logits are not finite.
+            The scores in the order of the data set. NaN where the logits are not finite, or for a sample without answer
+            tokens.
 
         Raises:
             ValueError: the data set is empty, an id is missing or there twice, a target is no class of the model.
@@ -76,17 +103,23 @@ class ScoreMethod(ABC):
             UserError: ``path`` holds something else, scores of another model, data set or method, or a damaged part; it
                 is left as it was.
 
-        Cost: see the method; in the table, FLOPs as torch counts them (matrix products and convolutions) at the first
-        batch of each shape, and measured seconds. A ``path`` costs reading the model's parameters once, for a
-        fingerprint.
+        Cost: see the method. In the table, FLOPs of matrix products and convolutions: by formula for a dense
+        transformer that is trained in full, else as torch counts them, for a classifier at the first batch of each
+        shape; and measured seconds. Samples share their batch's cost equally, packed ones by their tokens. A ``path``
+        costs reading the model's parameters once, for a fingerprint.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-            raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        work = Classification(model, dataset, batch_size=batch_size, workers=workers)
+        work: Work
+        if is_language_data(dataset):
+            work = LanguageScoring(model, dataset, self, batch_tokens=batch_tokens, tokenizer=tokenizer)
+        else:
+            work = Classification(model, dataset, batch_size=batch_size, workers=workers)
         return self._score(model, work, path=path, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
 
     def _score(

@@ -25,7 +25,8 @@ from torch import Tensor
 from pyeff.data import label_positions
 
 if TYPE_CHECKING:
-    from pyeff.data import PackedBatch
+    from pyeff.data import LabelPositions, PackedBatch
+    from pyeff.ops import TokenScores
 
 FIELDS = ("nll", "el2n", "entropy", "head_grad_norm")
 """Scores of a sample: means of these `TokenScores` fields over its answer tokens."""
@@ -62,6 +63,23 @@ def answer_embeddings(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def answer_scores(
+    rows: Tensor,
+    weight: Tensor,
+    where: LabelPositions,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> TokenScores:
+    """Scores [S] of samples from the hidden states [A, D] that predict their answers, reduced over answer tokens."""
+    from pyeff.ops import linear_cross_entropy_scores
+
+    scores = linear_cross_entropy_scores(rows, weight, where.targets, bias=bias, softcap=softcap)
+    return scores.per_sample(where.cu_seqlens, reduction=reduction)
+
+
+@torch.no_grad()
 def score_batches(
     batches: Iterable[PackedBatch],
     hidden_states: Callable[[PackedBatch], Tensor],
@@ -80,8 +98,6 @@ def score_batches(
 
     Raises `ValueError` when a batch names a sample index outside [0, N).
     """
-    import pyeff
-
     fields = {name: np.full(samples, np.nan) for name in FIELDS}
     embeddings = np.full((samples, weight.shape[1]), np.nan, dtype=np.float32)
     for batch in batches:
@@ -90,8 +106,7 @@ def score_batches(
             raise ValueError(f"samples is {samples}, but a batch holds sample {int(index.max())}")
         where = label_positions(batch)
         rows = hidden_states(batch)[where.positions]
-        scores = pyeff.linear_cross_entropy_scores(rows, weight, where.targets, bias=bias, softcap=softcap)
-        means = scores.per_sample(where.cu_seqlens, reduction="mean")
+        means = answer_scores(rows, weight, where, bias=bias, softcap=softcap)
         for name in FIELDS:
             fields[name][index] = getattr(means, name).cpu().numpy()
         embeddings[index] = answer_embeddings(rows, where.cu_seqlens).cpu().numpy()
