@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         observe,
     )
     from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
+    from pyeff.ops.attention import attention
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
@@ -40,6 +41,7 @@ _HOME = {
     "TokenScores": "pyeff.ops",
     "UnobservableError": "pyeff.observation",
     "adamw8bit_step": "pyeff.ops",
+    "attention": "pyeff.ops",
     "gram_is_cheaper": "pyeff.ops",
     "gram_norms": "pyeff.ops",
     "linear_cross_entropy_scores": "pyeff.ops",
@@ -65,6 +67,7 @@ __all__ = [
     "UnobservableError",
     "UserError",
     "adamw8bit_step",
+    "attention",
     "explain",
     "gram_is_cheaper",
     "gram_norms",

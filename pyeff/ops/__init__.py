@@ -9,6 +9,8 @@ from __future__ import annotations
 from pyeff.ops._dispatch import Operation
 from pyeff.ops.adamw8bit_step import OPERATION as _ADAMW8BIT_STEP
 from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
+from pyeff.ops.attention import OPERATION as _ATTENTION
+from pyeff.ops.attention import attention
 from pyeff.ops.gram_norms import OPERATION as _GRAM_NORMS
 from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
 from pyeff.ops.linear_cross_entropy_scores import OPERATION as _LINEAR_CROSS_ENTROPY_SCORES
@@ -18,6 +20,7 @@ from pyeff.ops.linear_grad import LinearGrad, linear_grad
 
 OPERATIONS: dict[str, Operation] = {
     "adamw8bit_step": _ADAMW8BIT_STEP,
+    "attention": _ATTENTION,
     "gram_norms": _GRAM_NORMS,
     "linear_cross_entropy_scores": _LINEAR_CROSS_ENTROPY_SCORES,
     "linear_grad": _LINEAR_GRAD,
@@ -29,6 +32,7 @@ __all__ = [
     "LinearGrad",
     "TokenScores",
     "adamw8bit_step",
+    "attention",
     "gram_is_cheaper",
     "gram_norms",
     "linear_cross_entropy_scores",

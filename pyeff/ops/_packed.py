@@ -42,23 +42,22 @@ class Samples:
         return self._made[key]
 
 
-def samples_of(cu_seqlens: Tensor, tokens: int) -> Samples:
-    """The samples that `cu_seqlens` [S+1] cuts [0, tokens) into; a `ValueError` when it is no such list of borders."""
+def samples_of(cu_seqlens: Tensor, tokens: int, name: str = "cu_seqlens") -> Samples:
+    """The samples that `cu_seqlens` [S+1] cuts [0, tokens) into; a `ValueError` that calls it `name` when it is no such
+    list of borders."""
     samples = _read(cu_seqlens)
     if samples.cuts[0] != 0 or samples.cuts[-1] != tokens or not samples.rising:
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {_shortened(samples.cuts)}"
-        )
+        raise ValueError(f"{name} must rise from 0 to the number of tokens, {tokens}, got {_shortened(samples.cuts)}")
     return samples
 
 
-def check_borders(cu_seqlens: Tensor) -> None:
-    """Raises `TypeError` or `ValueError` when `cu_seqlens` cannot be borders, whatever numbers it holds."""
+def check_borders(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
+    """Raises `TypeError` or `ValueError`, calling it `name`, when it cannot be borders, whatever numbers it holds."""
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor of samples + 1 borders, got {type(cu_seqlens).__name__}")
+        raise TypeError(f"{name} must be a tensor of samples + 1 borders, got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens must be a list of samples + 1 borders, int32 or int64, got {cu_seqlens.dtype} of shape "
+            f"{name} must be a list of samples + 1 borders, int32 or int64, got {cu_seqlens.dtype} of shape "
             f"{tuple(cu_seqlens.shape)}"
         )
 

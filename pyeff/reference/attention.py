@@ -13,7 +13,7 @@ and, for gradients dO of out and dl of lse, with delta_i = dO_i . out_i - dl_i,
 
     dV = P^T dO,   dS = P * (dO V^T - delta) [* (1 - (S / c)^2)],   dQ = scale dS K,   dK = scale dS^T Q.
 
-A query that sees no key has out 0, lse -inf and gradient 0. Head h of the queries uses head h // (H / G) of G key heads.
+A query that sees no key has out 0, lse -inf and gradient 0. Head h of H uses key head h // (H / G) of G.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ def attention(
             sample = (q[None, queries], k[None, keys], v[None, keys])
             parts.append(attention(*sample, causal=causal, scale=scale, window=window, softcap=softcap))
         if not parts:
-            return torch.zeros_like(q), q.new_zeros(q.shape[1], 0, dtype=_wide(q))
+            return q.new_zeros(q.shape), q.new_zeros(q.shape[1], 0, dtype=_wide(q))
         return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
     s = _logits(q, k, scale, softcap)  # [B, H, T, U]
     s = s.masked_fill(~visible(q.shape[1], k.shape[1], causal, window, q.device), float("-inf"))
     sees = s.isneginf().all(-1).logical_not()
     lse = torch.where(sees, s.masked_fill(~sees[..., None], 0.0).logsumexp(-1) if k.shape[1] else 0.0, float("-inf"))
     p = torch.exp(s - lse.masked_fill(~sees, 0.0)[..., None])
-    return torch.einsum("bhij,bjhd->bihd", p, _every_head(v, q)).to(q.dtype), lse.to(_wide(q))
+    out = torch.einsum("bhij,bjhd->bihd", p, _every_head(v, q))
+    return out.to(q.dtype).contiguous(), lse
 
 
 def attention_backward(
@@ -76,7 +77,7 @@ def attention_backward(
     """dq, dk and dv in the dtypes of q, k and v, from what `attention` returned and the gradients of it."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None:
-        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         for queries, keys in samples(cu_seqlens, cu_seqlens_k):
             sample = (grad_out[None, queries], q[None, queries], k[None, keys], v[None, keys], out[None, queries])
             parts = attention_backward(
@@ -105,7 +106,8 @@ def attention_backward(
     dk = scale * torch.einsum("bhij,bihd->bjhd", ds, q.to(s.dtype))
     dv = torch.einsum("bhij,bihd->bjhd", p, grad_out)
     heads = (k.shape[2], -1)
-    return dq.to(q.dtype), dk.unflatten(2, heads).sum(3).to(k.dtype), dv.unflatten(2, heads).sum(3).to(v.dtype)
+    dk, dv = dk.unflatten(2, heads).sum(3), dv.unflatten(2, heads).sum(3)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 def samples(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:

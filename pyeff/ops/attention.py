@@ -1,0 +1,414 @@
+"""Attention whose output and log-sum-exp are results of a registered operation, and whose backward takes them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyeff import reference as _reference
+from pyeff.ops import _foreign_attention as _foreign
+from pyeff.ops._dispatch import Operation, environment_problem
+from pyeff.ops._packed import check_borders, samples_of
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FOREIGN_ON_GPU = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash")
+_GREATEST_HEAD_SIZE = 256
+
+# What `auto` tries, by the major compute capability of the GPU: an estimate from published speeds until this project
+# has measured them.
+_ORDER = {
+    8: ("flash_attn_2", "flash", "triton", "reference"),
+    9: ("flash_attn_3", "flash_attn_4", "cudnn", "triton", "flash_attn_2", "flash", "reference"),
+    10: ("flash_attn_4", "cudnn", "triton", "flash_attn_2", "flash", "reference"),
+}
+_ORDER_ELSEWHERE = ("flash_attn_2", "flash", "cudnn", "triton", "reference")
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of heads in groups, over padded or packed samples, exact and differentiable.
+
+        S = scale q k^T,  or softcap tanh(scale q k^T / softcap)
+        lse_i = log sum_j e^(S_ij),   out_i = sum_j e^(S_ij - lse_i) v_j       over the keys j that query i sees
+
+    Query i of T stands at position i + U - T among U keys, so the last query meets the last key: one query against a
+    cache needs nothing said. If `causal` it sees the keys up to its position; with a `window`, those less than `window`
+    away from it (so, causal, the last `window` keys, itself included).
+
+    Shapes: `q` [B, T, H, D], `k` and `v` [B, U, G, D] where G divides H; query head h uses key head h // (H / G). With
+    `cu_seqlens` [S+1] (int32 or int64, the samples' borders from 0 to N, never falling) samples are packed: `q`
+    [N, H, D], `k` and `v` [M, G, D], whose borders are `cu_seqlens_k`, the same if left out. Any strides: tensors
+    [B, H, T, D] go in as `x.transpose(1, 2)`, without a copy. One dtype among float16, bfloat16, float32 and float64;
+    under autocast float32 is cast as torch's own attention casts it. `scale` is D^-1/2 if left out.
+
+    Returns `out` like `q`, contiguous; with `return_lse` also `lse`, the natural logarithm, [B, H, T] or packed [H, N],
+    float32 (float64 for float64). Both are differentiable. A query that sees no key has out 0, lse -inf and gradient 0;
+    samples may be empty. NaN or infinity in a sample may spoil all of that sample, and no other.
+
+    Both are outputs of `torch.ops.pyeff.attention_forward`, and `torch.ops.pyeff.attention_backward` takes them: a
+    policy of selective checkpointing that keeps the one never runs it again.
+
+    `impl`: "auto" takes the first that can run; `pyeff.explain("attention", ...)` says which, and why not the others.
+    On a CPU: "cpu" (torch's flash kernel; a window or unequal lengths in blocks with a mask; no softcap), "reference"
+    (plain torch, which forms all of S). On a GPU of compute capability 9: "flash_attn_3", "flash_attn_4", "cudnn",
+    "triton", "flash_attn_2", "flash" (torch's), "reference"; on 8: "flash_attn_2", "flash", "triton"; on 10:
+    "flash_attn_4", "cudnn", "triton", "flash_attn_2", "flash". That order is an estimate from published speeds, not
+    measured yet. An explicit one runs, forward and backward, or raises `RuntimeError` with the reason. "triton",
+    "cpu" and "reference" give the same bits in every run on the same device; of the others those that cannot are not
+    chosen, or told, under `torch.use_deterministic_algorithms`.
+
+    Raises `TypeError` or `ValueError` for arguments that do not fit together. Borders on a GPU are read back for that
+    at their first use, which waits for the stream; borders on the CPU never do.
+
+    Cost: 4 D FLOPs forward and 10 D backward for each query, head and key it sees; beside q, k, v, out and lse nothing
+    is kept between the two.
+
+    Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Dao 2023, "FlashAttention-2", arXiv:2307.08691.
+
+    >>> import torch, pyeff
+    >>> q, k, v = (torch.randn(2, 5, heads, 32) for heads in (4, 2, 2))
+    >>> out, lse = pyeff.attention(q, k, v, return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([2, 5, 4, 32]), torch.Size([2, 4, 5]))
+    """
+    _check(q, k, v, cu_seqlens, cu_seqlens_k)
+    _check_options(scale, window, softcap, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
+    out, lse = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, bool(causal), scale, window, softcap, impl)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        causal: bool,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        options = (cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl)
+        out, lse = FORWARD(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k)
+        ctx.options = options[2:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 10
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = BACKWARD(grad_out, q, k, v, out, lse, grad_lse, cu_seqlens, cu_seqlens_k, *ctx.options)
+        return (*grads, *(None,) * 7)
+
+
+def _run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    options = _options(cu_seqlens, cu_seqlens_k, causal, scale, window, softcap)
+    chosen = _chosen(q, k, v, options, impl)
+    if q.numel() == 0 or k.numel() == 0:
+        out, lse = _fake_forward(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl)
+        return out.zero_(), lse.fill_(-math.inf)
+    with torch.autocast(q.device.type, enabled=False):
+        return _forward_of(chosen)(q, k, v, **options)
+
+
+def _run_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    impl: str,
+) -> Grads:
+    options = _options(cu_seqlens, cu_seqlens_k, causal, scale, window, softcap)
+    chosen = _chosen(q, k, v, options, impl)
+    if q.numel() == 0 or k.numel() == 0:
+        dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+        return dq, dk, dv
+    with torch.autocast(q.device.type, enabled=False):
+        return _backward_of(chosen)(grad_out, q, k, v, out, lse, grad_lse=grad_lse, **options)
+
+
+def _options(
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> dict[str, Any]:
+    return {
+        "causal": causal,
+        "scale": scale,
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "window": window,
+        "softcap": softcap,
+    }
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], impl: str) -> str:
+    """The implementation that runs, once the borders are known to fit: both are for eager code, never traced."""
+    if options["cu_seqlens"] is not None:
+        samples_of(options["cu_seqlens"], q.shape[0])
+        if options["cu_seqlens_k"] is not None:
+            samples_of(options["cu_seqlens_k"], k.shape[0], "cu_seqlens_k")
+    return OPERATION.explain(q, k, v, **options, impl=impl).impl
+
+
+def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if impl == "triton":
+        from pyeff.triton_kernels.attention import attention as kernel
+
+        return kernel
+    if impl in _FOREIGN_ON_GPU:
+        return functools.partial(_foreign.gpu_forward, impl)
+    return _foreign.cpu_forward if impl == "cpu" else _reference.attention
+
+
+def _backward_of(impl: str) -> Callable[..., Grads]:
+    if impl == "triton":
+        from pyeff.triton_kernels.attention_backward import attention_backward as kernel
+
+        return kernel
+    if impl in _FOREIGN_ON_GPU:
+        return functools.partial(_foreign.gpu_backward, impl)
+    return _foreign.cpu_backward if impl == "cpu" else _reference.attention_backward
+
+
+def _environment(impl: str, device: str) -> str | None:
+    if impl in _FOREIGN_ON_GPU:
+        problem = None if device == "cuda" else f"it runs on CUDA tensors, and these are on {device}"
+        return problem or _foreign.gpu_problem(impl)
+    if impl == "cpu":
+        # torch's own kernel: the extension need not have been built.
+        return None if device == "cpu" else f"it runs on CPU tensors, and these are on {device}"
+    return environment_problem(impl, device)
+
+
+def _limits(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    **others: object,
+) -> str | None:
+    if impl == "reference":
+        return None
+    if q.dtype == torch.float64:
+        return "it computes in float32, and q is float64"
+    if impl == "cpu":
+        return None if softcap is None else "torch's CPU kernel has no softcap"
+    if impl in _FOREIGN_ON_GPU:
+        packed = cu_seqlens is not None
+        return _foreign.gpu_limits(impl, q, k, causal=causal, packed=packed, window=window, softcap=softcap)
+    if q.shape[-1] > _GREATEST_HEAD_SIZE:
+        return f"it takes head sizes up to {_GREATEST_HEAD_SIZE}, and q has {q.shape[-1]}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or higher"
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
+def _order(q: Tensor, *args: object, **kwargs: object) -> tuple[str, ...]:
+    if not q.is_cuda:
+        return ("cpu", "reference")
+    return _ORDER.get(torch.cuda.get_device_capability(q.device)[0], _ORDER_ELSEWHERE)
+
+
+OPERATION = Operation("attention", (*_ORDER[9][:-1], "cpu", "reference"), _limits, _environment, _order)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    *batch, tokens, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((*batch, heads, tokens), dtype=lse_dtype)
+
+
+def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: object) -> Grads:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_SCHEMA = "Tensor? cu_seqlens, Tensor? cu_seqlens_k, bool causal, float scale, int? window, float? softcap, str impl"
+torch.library.define("pyeff::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)")
+torch.library.define(
+    "pyeff::attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? grad_lse, "
+    f"{_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("pyeff::attention_forward", ("cpu", "cuda"), _run_forward)
+torch.library.impl("pyeff::attention_backward", ("cpu", "cuda"), _run_backward)
+torch.library.register_fake("pyeff::attention_forward", _fake_forward)
+torch.library.register_fake("pyeff::attention_backward", _fake_backward)
+FORWARD = torch.ops.pyeff.attention_forward.default
+BACKWARD = torch.ops.pyeff.attention_backward.default
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    device = tensors[0].device.type
+    narrow = torch.get_autocast_dtype(device)
+    return [t.to(narrow) if t.dtype == torch.float32 else t for t in tensors]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    packed = cu_seqlens is not None
+    layout = "[tokens, heads, head size] where cu_seqlens is given" if packed else "[batch, tokens, heads, head size]"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != (3 if packed else 4):
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, and is on {tensor.device}")
+    if not torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    if k.shape != v.shape:
+        raise ValueError(
+            f"v must be of the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}; a smaller head size can be padded "
+            "with zeros and cut from the result"
+        )
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] < 1:
+        raise ValueError(f"q and k must have one head size of at least 1, got {q.shape[-1]} and {k.shape[-1]}")
+    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"q must have a multiple of the heads of k, got {q.shape[-2]} and {k.shape[-2]}; repeat heads of k and v "
+            "or choose a number of key heads that divides"
+        )
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
+    if cu_seqlens is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k says how keys are packed and needs cu_seqlens for the queries")
+        return
+    check_borders(cu_seqlens)
+    if cu_seqlens_k is None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"q and k must have the same tokens where cu_seqlens is of both, got {q.shape[0]} and {k.shape[0]}; "
+                "give cu_seqlens_k"
+            )
+        return
+    check_borders(cu_seqlens_k, "cu_seqlens_k")
+    if cu_seqlens_k.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_k must cut the keys into the {cu_seqlens.numel() - 1} samples of cu_seqlens, got "
+            f"{cu_seqlens_k.numel() - 1}"
+        )
+
+
+def _check_options(scale: float | None, window: int | None, softcap: float | None, impl: str) -> None:
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(f"window must be a whole number of keys or None, got {type(window).__name__}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, the query's own key, or None for all, got {window}")
+    if impl != "auto" and impl not in OPERATION.implementations:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(OPERATION.implementations)}, got {impl!r}")
