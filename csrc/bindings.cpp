@@ -17,6 +17,7 @@
 namespace py = pybind11;
 
 void bind_adamw8bit(py::module_& m);
+void bind_linear_cross_entropy_grad(py::module_& m);
 void bind_linear_cross_entropy_scores(py::module_& m);
 void bind_linear_grad(py::module_& m);
 
@@ -53,6 +54,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of pyeff; called through pyeff.ops.";
     m.def("build_info", &build_info);
     bind_adamw8bit(m);
+    bind_linear_cross_entropy_grad(m);
     bind_linear_cross_entropy_scores(m);
     bind_linear_grad(m);
 #ifdef PYEFF_CUDA

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
     from pyeff.ops.attention import attention
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
+    from pyeff.ops.linear_cross_entropy import linear_cross_entropy
+    from pyeff.ops.linear_cross_entropy_grad import HeadGrad, linear_cross_entropy_grad
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
 
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdamWStates": "pyeff.ops",
     "GradientObservation": "pyeff.observation",
+    "HeadGrad": "pyeff.ops",
     "LinearGrad": "pyeff.ops",
     "NoiseScale": "pyeff.observation",
     "NoiseScaleEstimate": "pyeff.observation",
@@ -44,6 +47,8 @@ _HOME = {
     "attention": "pyeff.ops",
     "gram_is_cheaper": "pyeff.ops",
     "gram_norms": "pyeff.ops",
+    "linear_cross_entropy": "pyeff.ops",
+    "linear_cross_entropy_grad": "pyeff.ops",
     "linear_cross_entropy_scores": "pyeff.ops",
     "linear_grad": "pyeff.ops",
     "observe": "pyeff.observation",
@@ -59,6 +64,7 @@ __all__ = [
     "AdamWStates",
     "Explanation",
     "GradientObservation",
+    "HeadGrad",
     "Info",
     "LinearGrad",
     "NoiseScale",
@@ -72,6 +78,8 @@ __all__ = [
     "gram_is_cheaper",
     "gram_norms",
     "info",
+    "linear_cross_entropy",
+    "linear_cross_entropy_grad",
     "linear_cross_entropy_scores",
     "linear_grad",
     "observe",

@@ -13,6 +13,9 @@ from pyeff.ops.attention import OPERATION as _ATTENTION
 from pyeff.ops.attention import attention
 from pyeff.ops.gram_norms import OPERATION as _GRAM_NORMS
 from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
+from pyeff.ops.linear_cross_entropy import linear_cross_entropy
+from pyeff.ops.linear_cross_entropy_grad import OPERATION as _LINEAR_CROSS_ENTROPY_GRAD
+from pyeff.ops.linear_cross_entropy_grad import HeadGrad, linear_cross_entropy_grad
 from pyeff.ops.linear_cross_entropy_scores import OPERATION as _LINEAR_CROSS_ENTROPY_SCORES
 from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
 from pyeff.ops.linear_grad import OPERATION as _LINEAR_GRAD
@@ -22,6 +25,7 @@ OPERATIONS: dict[str, Operation] = {
     "adamw8bit_step": _ADAMW8BIT_STEP,
     "attention": _ATTENTION,
     "gram_norms": _GRAM_NORMS,
+    "linear_cross_entropy_grad": _LINEAR_CROSS_ENTROPY_GRAD,
     "linear_cross_entropy_scores": _LINEAR_CROSS_ENTROPY_SCORES,
     "linear_grad": _LINEAR_GRAD,
 }
@@ -29,12 +33,15 @@ OPERATIONS: dict[str, Operation] = {
 __all__ = [
     "OPERATIONS",
     "AdamWStates",
+    "HeadGrad",
     "LinearGrad",
     "TokenScores",
     "adamw8bit_step",
     "attention",
     "gram_is_cheaper",
     "gram_norms",
+    "linear_cross_entropy",
+    "linear_cross_entropy_grad",
     "linear_cross_entropy_scores",
     "linear_grad",
 ]

@@ -123,7 +123,7 @@ def linear_cross_entropy_scores(
     >>> scores.p_target
     tensor([0.1250,    nan])
     """
-    _check(hidden, weight, targets, bias, softcap, ignore_index)
+    check_head(hidden, weight, targets, bias, softcap, ignore_index)
     chosen = OPERATION.explain(
         hidden, weight, targets, bias=bias, softcap=softcap, ignore_index=ignore_index, impl=impl
     ).impl
@@ -137,7 +137,8 @@ def _token_scores(rows: Tensor, scored: Tensor) -> TokenScores:
     return TokenScores(nll, lse, entropy, el2n, margin, p_target, head_grad_norm, scored)
 
 
-def _limits(impl: str, hidden: Tensor, *args: object, **kwargs: object) -> str | None:
+def float32_limits(impl: str, hidden: Tensor, *args: object, **kwargs: object) -> str | None:
+    """Why an implementation that computes in float32 cannot take `hidden`, or None."""
     if impl != "reference" and hidden.dtype == torch.float64:
         return "it computes in float32, and hidden is float64"
     if impl == "triton" and hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
@@ -147,7 +148,7 @@ def _limits(impl: str, hidden: Tensor, *args: object, **kwargs: object) -> str |
     return None
 
 
-OPERATION = Operation("linear_cross_entropy_scores", ("triton", "cpu", "reference"), _limits)
+OPERATION = Operation("linear_cross_entropy_scores", ("triton", "cpu", "reference"), float32_limits)
 
 
 def _run(
@@ -250,9 +251,10 @@ torch.library.register_fake("pyeff::linear_cross_entropy_scores", _fake)
 _OP = torch.ops.pyeff.linear_cross_entropy_scores.default
 
 
-def _check(
+def check_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
 ) -> None:
+    """Raise `TypeError` or `ValueError` unless these are packed hidden states, a head and targets that fit together."""
     tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -270,15 +272,17 @@ def _check(
     if hidden.dtype not in _FLOATS:
         raise TypeError(f"hidden must be float16, bfloat16, float32 or float64, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
+        raise ValueError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
     if bias is not None and bias.dtype not in _FLOATS:
         raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, float | int)):
+        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     # In float32 a smaller one is 0, which stands for none, and a larger one infinite.
     if softcap is not None and not torch.finfo(torch.float32).tiny <= softcap <= torch.finfo(torch.float32).max:
         raise ValueError(f"softcap must be a positive number within the range of float32 or None, got {softcap!r}")
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if targets.device.type == "cpu" and targets.numel():
         wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)

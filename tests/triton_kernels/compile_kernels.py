@@ -44,6 +44,21 @@ def linear_cross_entropy_scores(
     module.linear_cross_entropy_scores(hidden, weight, targets, **options)
 
 
+def linear_cross_entropy_grad(
+    dtype: torch.dtype, *, n: int = 8192, d: int = 4096, v: int = 4096, stride: int = 0, softcapped: bool = False
+) -> None:
+    """The gradient by v logits of n tokens; `stride` elements from one weight row to the next, if not d."""
+    from pyeff.triton_kernels import linear_cross_entropy_grad as module
+
+    hidden = torch.empty(n, d, dtype=dtype, device="meta")
+    weight = torch.empty_strided((v, d), (stride or d, 1), dtype=dtype, device="meta")
+    targets = torch.empty(n, dtype=torch.int64, device="meta")
+    rows = [torch.empty(n, device="meta") for _ in range(3)]
+    grads = torch.empty(n, v, dtype=dtype, device="meta")
+    options: dict[str, Any] = {"softcap": 30.0, "bias": torch.empty(v, device="meta")} if softcapped else {}
+    module.logit_grads(hidden, weight, targets, *rows, grads, first_class=4096, **options)
+
+
 def linear_grad(
     dtype: torch.dtype, *, features: int = 4096, referenced: bool = False, tile: tuple[Any, ...] | None = None
 ) -> None:
@@ -88,6 +103,12 @@ CASES: dict[str, Callable[[], None]] = {
     # Triton makes a constant of every integer argument that is 1.
     "linear_cross_entropy_scores.ones": partial(linear_cross_entropy_scores, torch.float16, n=1, d=1, v=1),
     "linear_cross_entropy_scores.fp32": partial(linear_cross_entropy_scores, torch.float32),
+    "linear_cross_entropy_grad.bf16": partial(linear_cross_entropy_grad, torch.bfloat16),
+    "linear_cross_entropy_grad.bf16_softcap": partial(linear_cross_entropy_grad, torch.bfloat16, softcapped=True),
+    "linear_cross_entropy_grad.fp16_ragged": partial(linear_cross_entropy_grad, torch.float16, d=1040),
+    "linear_cross_entropy_grad.wide_offsets": partial(linear_cross_entropy_grad, torch.bfloat16, stride=1 << 26),
+    "linear_cross_entropy_grad.ones": partial(linear_cross_entropy_grad, torch.float16, n=1, d=1, v=1),
+    "linear_cross_entropy_grad.fp32": partial(linear_cross_entropy_grad, torch.float32),
     "linear_grad.bf16": partial(linear_grad, torch.bfloat16),
     "linear_grad.bf16_reference": partial(linear_grad, torch.bfloat16, referenced=True),
     "linear_grad.fp16_ragged": partial(linear_grad, torch.float16, features=1040),

@@ -32,6 +32,11 @@ PRODUCTS = {
     "linear_cross_entropy_scores.fp16_ragged": {"reduce_logits": True},
     "linear_cross_entropy_scores.wide_offsets": {"reduce_logits": True},
     "linear_cross_entropy_scores.fp32": {"reduce_logits": False},
+    "linear_cross_entropy_grad.bf16": {"store_logit_grads": True},
+    "linear_cross_entropy_grad.bf16_softcap": {"store_logit_grads": True},
+    "linear_cross_entropy_grad.fp16_ragged": {"store_logit_grads": True},
+    "linear_cross_entropy_grad.wide_offsets": {"store_logit_grads": True},
+    "linear_cross_entropy_grad.fp32": {"store_logit_grads": False},
     "linear_grad.bf16": {"accumulate_samples": True},
     "linear_grad.bf16_reference": {"accumulate_samples": True},
     "linear_grad.fp16_ragged": {"accumulate_samples": True},
@@ -46,7 +51,7 @@ PRODUCTS = {
     "gram_norms.fp32": {"multiply_grams": False},
 }
 # Shapes too small to be fast; they must compile all the same.
-COMPILED_ONLY = ["linear_cross_entropy_scores.ones"]
+COMPILED_ONLY = ["linear_cross_entropy_scores.ones", "linear_cross_entropy_grad.ones"]
 
 
 @functools.cache
