@@ -23,35 +23,47 @@ if TYPE_CHECKING:
         UnobservableError,
         observe,
     )
-    from pyeff.ops.adamw8bit_step import AdamWStates, adamw8bit_step
     from pyeff.ops.attention import attention
+    from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
+    from pyeff.ops.global_norm import global_norm
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
     from pyeff.ops.linear_cross_entropy import linear_cross_entropy
     from pyeff.ops.linear_cross_entropy_grad import HeadGrad, linear_cross_entropy_grad
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
+    from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
+    from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
+    from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Importing pyeff must cost nothing, so each is imported at first use.
 _HOME = {
-    "AdamWStates": "pyeff.ops",
+    "EmbeddingGrad": "pyeff.ops",
     "GradientObservation": "pyeff.observation",
     "HeadGrad": "pyeff.ops",
     "LinearGrad": "pyeff.ops",
     "NoiseScale": "pyeff.observation",
     "NoiseScaleEstimate": "pyeff.observation",
+    "NormLayerGrad": "pyeff.ops",
+    "OptimizerRule": "pyeff.ops",
+    "OptimizerStates": "pyeff.ops",
     "TokenScores": "pyeff.ops",
     "UnobservableError": "pyeff.observation",
-    "adamw8bit_step": "pyeff.ops",
+    "VectorGrad": "pyeff.ops",
     "attention": "pyeff.ops",
+    "embedding_grad": "pyeff.ops",
+    "global_norm": "pyeff.ops",
     "gram_is_cheaper": "pyeff.ops",
     "gram_norms": "pyeff.ops",
     "linear_cross_entropy": "pyeff.ops",
     "linear_cross_entropy_grad": "pyeff.ops",
     "linear_cross_entropy_scores": "pyeff.ops",
     "linear_grad": "pyeff.ops",
+    "norm_layer_grad": "pyeff.ops",
     "observe": "pyeff.observation",
+    "vector_grad": "pyeff.ops",
+    "optimizer_step": "pyeff.ops",
     "Explanation": "pyeff._info",
     "Info": "pyeff._info",
     "explain": "pyeff._info",
@@ -61,7 +73,7 @@ _HOME = {
 _SUBPACKAGES = ("data", "governor", "observation", "ops", "optim", "reference", "scoring", "selection", "train")
 
 __all__ = [
-    "AdamWStates",
+    "EmbeddingGrad",
     "Explanation",
     "GradientObservation",
     "HeadGrad",
@@ -69,12 +81,17 @@ __all__ = [
     "LinearGrad",
     "NoiseScale",
     "NoiseScaleEstimate",
+    "NormLayerGrad",
+    "OptimizerRule",
+    "OptimizerStates",
     "TokenScores",
     "UnobservableError",
     "UserError",
-    "adamw8bit_step",
+    "VectorGrad",
     "attention",
+    "embedding_grad",
     "explain",
+    "global_norm",
     "gram_is_cheaper",
     "gram_norms",
     "info",
@@ -82,7 +99,10 @@ __all__ = [
     "linear_cross_entropy_grad",
     "linear_cross_entropy_scores",
     "linear_grad",
+    "norm_layer_grad",
     "observe",
+    "optimizer_step",
+    "vector_grad",
 ]
 
 
