@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 _NEEDED_TO_RUN = ("matplotlib", "pydantic", "safetensors", "scipy", "transformers", "yaml")
+_NEEDED_TO_SCORE = ("pyarrow", "pydantic", "safetensors", "scipy", "transformers", "yaml")
 
 
 def run_app(arguments: Sequence[str]) -> int:
@@ -60,11 +61,8 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of data order and sampling.")] = None,
 ) -> None:
     """Train a model under a budget; the options replace the file's settings."""
-    for package in _NEEDED_TO_RUN:  # before any budget is spent
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"`pyeff run` needs {package}: pip install 'pyeff[run]'")
-    overrides = {"policy": policy, "budget": budget, "out": None if out is None else str(out), "seed": seed}
-    given = {key: value for key, value in overrides.items() if value is not None}
+    _require(_NEEDED_TO_RUN, "run")
+    given = _given(policy=policy, budget=budget, out=None if out is None else str(out), seed=seed)
     settings = _settings(config, given, resume)
     from pyeff.cli.display import display
     from pyeff.train import train_run
@@ -81,6 +79,36 @@ def run(
         _say_how_to_resume(resume or settings.out)
         raise typer.Exit(130) from None
     _finish(console, resume or settings.out)
+
+
+@app.command()
+def score(
+    config: Annotated[Path, typer.Argument(help="YAML file: model, samples, method; see examples/score.yaml.")],
+    method: Annotated[str | None, typer.Option(help="el2n, grand or last_layer_grand.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the table.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the scores in the directory.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Stands in the table.")] = None,
+) -> None:
+    """Score samples by what a model makes of them; the options replace the file's settings."""
+    _require(_NEEDED_TO_SCORE, "score")
+    from pyeff.cli import tables
+    from pyeff.train.config import ScoreConfig, load_config, parse_config
+
+    settings = load_config(config, kind=ScoreConfig)
+    given = _given(method=method, out=None if out is None else str(out), seed=seed)
+    if given:
+        values = {**settings.model_dump(mode="json"), **given}
+        settings = parse_config(values, name=f"{config} with {_as_typed(given)}", kind=ScoreConfig)
+    from pyeff.train.score import score_samples
+
+    console = _console()
+    try:
+        scores = score_samples(settings, resume=resume, notify=lambda text: console.print(text, style="dim"))
+    except KeyboardInterrupt:
+        typer.secho("Interrupted. The same command with --resume goes on.", err=True)
+        raise typer.Exit(130) from None
+    console.print(tables.scored(scores))
+    console.print(f"Scores: {scores.path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -120,6 +148,21 @@ def info() -> None:
     _console().print(tables.installed(pyeff.info()))
 
 
+def _require(packages: Sequence[str], command: str) -> None:
+    """Raise before anything is spent where a package is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"`pyeff {command}` needs {package}: pip install 'pyeff[run]'")
+
+
+def _given(**options: object) -> dict[str, object]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _as_typed(given: Mapping[str, object]) -> str:
+    return " ".join(f"--{key} {value}" for key, value in given.items())
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -150,8 +193,7 @@ def _settings(config: Path | None, given: Mapping[str, object], resume: Path | N
     settings = load_config(config)
     if not given:
         return settings
-    options = " ".join(f"--{key} {value}" for key, value in given.items())
-    return parse_config({**settings.model_dump(mode="json"), **given}, name=f"{config} with {options}")
+    return parse_config({**settings.model_dump(mode="json"), **given}, name=f"{config} with {_as_typed(given)}")
 
 
 def _finish(console: Console, directory: Path) -> None:

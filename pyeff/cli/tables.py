@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -13,11 +14,12 @@ from rich.text import Text
 
 from pyeff.cli import compare
 from pyeff.cli.record import RunRecord
-from pyeff.cli.units import loss_text, percent, plural
+from pyeff.cli.units import Scale, duration, loss_text, percent, plural
 from pyeff.cli.verdict import verdict
 
 if TYPE_CHECKING:
     from pyeff import Info
+    from pyeff.scoring import Scores
 
 
 def summary(record: RunRecord) -> RenderableType:
@@ -77,6 +79,28 @@ def comparison(compared: compare.Comparison) -> RenderableType:
         table.add_row(*row)
     notes = Text("\n".join(compare.notes(compared)), style="dim")
     return Group(Panel(Text(compared.headline, style="bold"), padding=(0, 1), width=100), table, notes)
+
+
+def scored(scores: Scores) -> RenderableType:
+    """What a scoring cost and how its scores are spread."""
+    facts = _plain()
+    facts.add_row("method", Text(scores.method))
+    names = dict.fromkeys(str(name) for name in scores.table["checkpoint"].unique().to_pylist() if name)
+    if names:
+        facts.add_row("checkpoints", Text(", ".join(names)))
+    facts.add_row("samples", f"{len(scores):,}")
+    facts.add_row("compute", Scale.of("flops", scores.flops).text(scores.flops))
+    facts.add_row("time", duration(scores.seconds))
+    values = scores.values[~np.isnan(scores.values)]
+    if len(values) < len(scores):
+        facts.add_row("without a score", f"{plural(len(scores) - len(values), 'sample')}")
+    table = Table(title="Scores", title_justify="left", title_style="bold")
+    shares = {"least": 0.0, "10 %": 0.1, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "greatest": 1.0}
+    for name in shares:
+        table.add_column(name, justify="right")
+    if values.size:
+        table.add_row(*(f"{value:.4g}" for value in np.quantile(values, list(shares.values()))))
+    return Group(facts, table)
 
 
 def installed(info: Info) -> RenderableType:

@@ -128,6 +128,16 @@ class Classification:
         )
 
 
+def error_vectors(logits: Tensor, targets: Tensor) -> Tensor:
+    """softmax(logits) - onehot(targets) [B, C], in float32 or wider.
+
+    The target's entry is minus the sum of the others, which keeps its digits where the target is near certain.
+    """
+    errors = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+    errors.scatter_(1, targets[:, None], 0.0)
+    return errors.scatter_(1, targets[:, None], -errors.sum(dim=1, keepdim=True))
+
+
 def check_targets(targets: Tensor, logits: Tensor) -> None:
     """Raise `ValueError` unless every target is a class of ``logits`` [B, C]."""
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:

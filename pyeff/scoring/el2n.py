@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyeff.scoring.classification import check_targets, logits_of
+from pyeff.scoring.classification import check_targets, error_vectors, logits_of
 from pyeff.scoring.language import BatchWork, check_reduction, require_plain_head, variant
 from pyeff.scoring.language_model import head_weight, last_hidden_state
 from pyeff.scoring.method import ScoreMethod
@@ -55,9 +55,7 @@ class EL2N(ScoreMethod):
         """Scores [B] from the logits, in float32 or wider."""
         logits = logits_of(model, inputs)
         check_targets(targets, logits)
-        error = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
-        error[torch.arange(targets.numel(), device=targets.device), targets] -= 1
-        return torch.linalg.vector_norm(error, dim=1)
+        return torch.linalg.vector_norm(error_vectors(logits, targets), dim=1)
 
     def prepare(self, model: nn.Module) -> None:
         """Refuse a language model whose logits are not those of its head."""

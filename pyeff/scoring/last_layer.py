@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyeff.scoring.classification import check_targets, logits_of
+from pyeff.scoring.classification import check_targets, error_vectors, logits_of
 from pyeff.scoring.language import (
     BatchWork,
     Reduction,
@@ -67,13 +67,11 @@ class LastLayerGraNd(ScoreMethod):
         hidden = next((x for x, y in calls if y is logits), None)
         if hidden is None or hidden.ndim != 2:
             raise ValueError(
-                "the model's logits must be what one of its torch.nn.Linear modules returns for inputs [batch, features]"
+                "the model's logits must be what one of its torch.nn.Linear modules makes of inputs [batch, features]"
             )
         check_targets(targets, logits)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        error = logits.to(dtype).softmax(dim=1)
-        error[torch.arange(targets.numel(), device=targets.device), targets] -= 1
-        return torch.linalg.vector_norm(error, dim=1) * torch.linalg.vector_norm(hidden.to(dtype), dim=1)
+        error = error_vectors(logits, targets)
+        return torch.linalg.vector_norm(error, dim=1) * torch.linalg.vector_norm(hidden.to(error.dtype), dim=1)
 
     def prepare(self, model: nn.Module) -> None:
         """Refuse a language model whose logits are not those of its head."""
@@ -124,8 +122,7 @@ def _head_norms_sq(
             logits = torch.tanh(logits / softcap)
             slope = 1 - logits.square()
             logits *= softcap
-        error = logits.softmax(dim=1)
-        error[torch.arange(error.shape[0], device=error.device), targets[span]] -= 1
+        error = error_vectors(logits, targets[span])
         error *= weights[span, None] * slope
         cuts = torch.tensor([border - borders[first] for border in borders[first : end + 1]], dtype=torch.int32)
         norms_sq[first:end] = gram_norms(h.to(dtype), error, cuts)

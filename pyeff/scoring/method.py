@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyeff.scoring.classification import Classification
 from pyeff.scoring.language import BatchWork, LanguageScoring, is_language_data
-from pyeff.scoring.scores import Scores, shares
+from pyeff.scoring.scores import Scores, average, shares
 from pyeff.scoring.store import ScoreStore
 from pyeff.scoring.work import ScoredBatch, Work, device_of, evaluating, model_fingerprint
 
@@ -121,6 +121,43 @@ class ScoreMethod(ABC):
         else:
             work = Classification(model, dataset, batch_size=batch_size, workers=workers)
         return self._score(model, work, path=path, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
+
+    def score_all(
+        self,
+        models: Mapping[str, nn.Module | Callable[[], nn.Module]],
+        dataset: Any,
+        *,
+        path: str | Path | None = None,
+        **options: Any,
+    ) -> Scores:
+        """Score a data set by several checkpoints or initialisations and return the `average`.
+
+        Args:
+            models: Name of each state of the model -> the model, or a function that loads it, so that one at a time
+                is in memory. The names stand in the column ``checkpoint``.
+            dataset: As for `score`.
+            path: A directory; each state's scores are streamed to a directory of its name in it, and the average is
+                written there as ``average.parquet``.
+            options: As for `score`.
+
+        Raises what `score` and `average` raise, and `ValueError` for a name that is no name of a directory.
+        """
+        if not models:
+            raise ValueError("models must hold at least one model, got none")
+        for name in models:
+            if Path(name).name != name:
+                raise ValueError(f"the names of models become names of directories, and {name!r} is none")
+        parts = []
+        for name, model in models.items():
+            loaded = model if isinstance(model, nn.Module) else model()
+            where = None if path is None else Path(path) / name
+            parts.append(self.score(loaded, dataset, path=where, checkpoint=name, **options))
+            del loaded
+        mean = average(parts)
+        if path is None:
+            return mean
+        mean.write(Path(path) / "average.parquet")
+        return Scores(mean.table, Path(path))
 
     def _score(
         self,

@@ -170,6 +170,8 @@ def read_scores(path: str | Path) -> Scores:
         return Scores(_read_table(path)[0])
     header = _header_of(path) if path.is_dir() else None
     if header is None:
+        if (path / "average.parquet").is_file():
+            return Scores(_read_table(path / "average.parquet")[0], path)
         raise UserError(f"there are no scores at {path}")
     parts = _read_parts(path, _digest(header))
     scores = _joined([table for table, _ in parts], path)

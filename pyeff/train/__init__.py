@@ -6,14 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyeff.train.config import RunConfig, load_config
+    from pyeff.train.config import RunConfig, ScoreConfig, load_config
     from pyeff.train.run import RunResult, train_run
+    from pyeff.train.score import score_samples
 
-__all__ = ["RunConfig", "RunResult", "load_config", "train_run"]
+__all__ = ["RunConfig", "RunResult", "ScoreConfig", "load_config", "score_samples", "train_run"]
 
 _HOME = {
     "RunConfig": "pyeff.train.config",
+    "ScoreConfig": "pyeff.train.config",
     "load_config": "pyeff.train.config",
+    "score_samples": "pyeff.train.score",
     "RunResult": "pyeff.train.run",
     "train_run": "pyeff.train.run",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -170,9 +170,56 @@ class RunConfig(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+class ScoreDataConfig(_Strict):
+    """The samples to score; only answers are."""
+
+    pool: list[Source] = Field(min_length=1)
+    max_tokens: int = Field(default=1024, ge=2)
+    chat_template: bool | Literal["auto"] = "auto"
+    drop_long: bool = False
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _one_source_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+
+class ScoreConfig(_Strict):
+    """What `pyeff score` is asked to do: which samples, by what method, with which states of a model.
+
+    ``checkpoints`` are models like ``model`` or checkpoints of a run of `model` (their averaged weights); with several
+    the score is the mean over them. Without any, ``model`` itself is scored with.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoints: list[str] = Field(default_factory=list)
+    data: ScoreDataConfig
+    method: Literal["el2n", "grand", "last_layer_grand"] = "el2n"
+    reduction: Literal["mean", "sum", "max"] = "mean"
+    # A packed batch multiplies all pairs of its tokens in attention.
+    batch_tokens: int = Field(default=1024, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    out: Path = Path("scores/latest")
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> ScoreConfig:
+        if self.data.max_tokens > self.batch_tokens:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) must hold a sample of data.max_tokens ({self.data.max_tokens})"
+            )
+        if self.reduction == "max" and self.method != "el2n":
+            raise ValueError(f"reduction must be mean or sum with method {self.method}, got max")
+        return self
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys of the model at a location, for a suggestion; empty where it cannot be told."""
-    model: Any = RunConfig
+    model: Any = kind
     for part in location:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
@@ -184,22 +231,26 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields) if model is not None else []
 
 
-def parse_config(values: Any, *, name: str = "configuration") -> RunConfig:
-    """Check a dictionary read from YAML.
+@overload
+def parse_config(values: Any, *, name: str = ...) -> RunConfig: ...
+@overload
+def parse_config(values: Any, *, name: str = ..., kind: type[Config]) -> Config: ...
+def parse_config(values: Any, *, name: str = "configuration", kind: type[Any] = RunConfig) -> Any:
+    """Check a dictionary read from YAML: a `RunConfig`, or another ``kind``.
 
     Raises `UserError` with the path of the first key that is unknown, missing or has a bad value.
     """
     if not isinstance(values, dict):
         raise UserError(f"{name}: expected keys and values, got {type(values).__name__}")
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         first = problems[0]
         where = ".".join(str(part) for part in first["loc"]) or "configuration"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(first["loc"][:-1]), n=1)
+            near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(kind, first["loc"][:-1]), n=1)
             message = "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
         elif first["type"] == "missing":
             message = "is missing"
@@ -209,8 +260,12 @@ def parse_config(values: Any, *, name: str = "configuration") -> RunConfig:
         raise UserError(f"{name}: {where}: {message}{more}") from error
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """Read a YAML configuration.
+@overload
+def load_config(path: str | Path) -> RunConfig: ...
+@overload
+def load_config(path: str | Path, *, kind: type[Config]) -> Config: ...
+def load_config(path: str | Path, *, kind: type[Any] = RunConfig) -> Any:
+    """Read a YAML configuration: a `RunConfig`, or another ``kind``.
 
     Raises `UserError` when the file cannot be read, is not YAML, or a key is unknown, missing or bad.
     """
@@ -230,4 +285,4 @@ def load_config(path: str | Path) -> RunConfig:
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         # What PyYAML lets through of a date without such a month, a number too long, a thousand brackets.
         raise UserError(f"{path}: a value cannot be read as YAML ({error})") from error
-    return parse_config(values, name=str(path))
+    return parse_config(values, name=str(path), kind=kind)
