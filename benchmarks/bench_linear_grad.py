@@ -3,12 +3,16 @@
     pytest benchmarks/bench_linear_grad.py --benchmark-only
 
 The targets are of a training step (CPU) and of the weight gradient (GPU); what they are made of is timed beside them.
+Opacus takes part where it can be imported: `pip install --no-deps opacus` is enough.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -42,23 +46,26 @@ def check_answer(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> No
     assert_as_accurate(grams, exact.norms_sq, peer_grams, multiple=4.0, what="gram_norms")
 
 
+def opacus_problem() -> str | None:
+    """Why Opacus takes no part, or None."""
+    try:
+        import opacus.grad_sample.grad_sample_module_fast_gradient_clipping  # noqa: F401
+    except ImportError as problem:
+        return f"Opacus takes no part: {problem}"
+    return None
+
+
 def ghost_norms(inputs: Tensor, grad_outputs: Tensor) -> Tensor:
-    """Opacus' way: both Gram matrices [B, T, T] whole, in the dtype of the gradients."""
+    """Ghost norms restated in plain torch: both Gram matrices [B, T, T] whole, in the dtype of the gradients."""
     return (inputs @ inputs.transpose(1, 2)).mul_(grad_outputs @ grad_outputs.transpose(1, 2)).sum((1, 2))
 
 
-def panels_of_cublas(inputs: Tensor, grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """A sample and some rows at a time, small enough that the norm is read from the L2 cache."""
-    (batch, _, d), p, rows = inputs.shape, grad_outputs.shape[2], 512
-    total = torch.zeros(p, d, device=inputs.device)
-    norms_sq = torch.zeros(batch, device=inputs.device)
-    for first in range(0, p, rows):
-        part = total[first : first + rows]
-        for s in range(batch):
-            panel = torch.mm(grad_outputs[s, :, first : first + rows].T, inputs[s], out_dtype=torch.float32)
-            part += panel
-            norms_sq[s] += torch.linalg.vector_norm(panel).square()
-    return total, norms_sq
+def opacus_norms(inputs: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Ghost norms by Opacus' own function."""
+    from opacus.grad_sample.linear import compute_linear_norm_sample
+
+    layer = nn.Linear(inputs.shape[2], grad_outputs.shape[2], bias=False, device="meta")
+    return compute_linear_norm_sample(layer, [inputs], grad_outputs)[layer.weight]
 
 
 def materialised(inputs: Tensor, grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,33 +74,46 @@ def materialised(inputs: Tensor, grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
     return per_sample.sum(0), per_sample.flatten(1).float().square().sum(1)
 
 
+def ways_of(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> dict[str, Callable[[], object]]:
+    """The gradient alone, ours, and each of the ways that `auto` chooses from on a GPU."""
+    functions: dict[str, Callable[[], object]] = {
+        "weight gradient, torch.mm": lambda: torch.mm(grad_outputs.T, inputs),
+        "pyeff, gradient and norms": lambda: pyeff.linear_grad(inputs, grad_outputs, cu_seqlens),
+    }
+    for impl in ("triton", "panels", "gram") if inputs.is_cuda else ():
+        functions[f"pyeff, {impl}"] = partial(pyeff.linear_grad, inputs, grad_outputs, cu_seqlens, impl=impl)
+    functions["torch.mm, pyeff Gram norms"] = lambda: (
+        torch.mm(grad_outputs.T, inputs),
+        pyeff.gram_norms(inputs, grad_outputs, cu_seqlens),
+    )
+    functions["pyeff, Gram norms alone"] = lambda: pyeff.gram_norms(inputs, grad_outputs, cu_seqlens)
+    return functions
+
+
 @pytest.mark.benchmark(group="linear_grad")
 @pytest.mark.parametrize("samples", ["short", "long"])
-def test_norms_beside_the_weight_gradient(contest: Callable[..., Any], device: str, samples: str) -> None:
+def test_norms_beside_the_weight_gradient(contest: Callable[..., Any], device: str, tiny: bool, samples: str) -> None:
     tokens = {"short": {"cpu": 128, "cuda": 512}, "long": {"cpu": 512, "cuda": 2048}}[samples][device]
     batch, d, p, dtype = (8, 4096, 4096, torch.bfloat16) if device == "cuda" else (8, 576, 1536, torch.float32)
+    if tiny:
+        batch, tokens, d, p = 2, tokens // 64, 24, 40
     inputs, grad_outputs, cu_seqlens = tokens_of([tokens] * batch, d, p, dtype, device)
     check_answer(inputs, grad_outputs, cu_seqlens)
     reference = torch.randn(p, d, dtype=dtype, device=device)
     a, g = inputs.view(batch, tokens, d), grad_outputs.view(batch, tokens, p)
 
-    functions = {
-        "weight gradient, torch.mm": lambda: torch.mm(grad_outputs.T, inputs),
-        "pyeff, gradient and norms": lambda: pyeff.linear_grad(inputs, grad_outputs, cu_seqlens),
+    functions = ways_of(inputs, grad_outputs, cu_seqlens) | {
         "pyeff, gradient, norms, dots": lambda: pyeff.linear_grad(
             inputs, grad_outputs, cu_seqlens, reference=reference
         ),
         "pyeff, norms alone": lambda: pyeff.linear_grad(inputs, grad_outputs, cu_seqlens, weight_grad=False),
-        "pyeff, Gram norms alone": lambda: pyeff.gram_norms(inputs, grad_outputs, cu_seqlens),
-        "torch.mm, pyeff Gram norms": lambda: (
-            torch.mm(grad_outputs.T, inputs),
-            pyeff.gram_norms(inputs, grad_outputs, cu_seqlens),
-        ),
-        "torch.mm, ghost norms": lambda: (torch.mm(grad_outputs.T, inputs), ghost_norms(a, g)),
+        "torch.mm, ghost norms in torch": lambda: (torch.mm(grad_outputs.T, inputs), ghost_norms(a, g)),
         "a gradient for every sample": lambda: materialised(a, g),
     }
-    if device == "cuda":
-        functions["cuBLAS panels in L2"] = lambda: panels_of_cublas(a, g)
+    if (problem := opacus_problem()) is None:
+        functions["torch.mm, ghost norms by Opacus"] = lambda: (torch.mm(grad_outputs.T, inputs), opacus_norms(a, g))
+    else:
+        print(problem)
     contest(
         "pyeff, gradient and norms",
         functions,
@@ -104,58 +124,33 @@ def test_norms_beside_the_weight_gradient(contest: Callable[..., Any], device: s
     )
 
 
-@pytest.mark.benchmark(group="linear_grad")
-def test_packed_samples_of_many_lengths(contest: Callable[..., Any], device: str) -> None:
-    d, p, dtype, total = (4096, 4096, torch.bfloat16, 16384) if device == "cuda" else (576, 1536, torch.float32, 4096)
-    # 64 to 512 tokens with a mean near 200: short samples are the many.
-    draws = 64 + 448 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 2.3
+def packed_lengths(total: int, longest: int = 512) -> list[int]:
+    """Lengths that sum to `total`, from an eighth of `longest` to `longest`, 0.39 of it on average: short ones are the
+    many, and 64 to 512 have a mean of 200.
+    """
+    draws = longest / 8 * (1 + 7 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 2.3)
     lengths: list[int] = []
     for length in draws.int().tolist():
         lengths.append(min(length, total - sum(lengths)))
         if sum(lengths) == total:
             break
-    inputs, grad_outputs, cu_seqlens = tokens_of(lengths, d, p, dtype, device)
-    check_answer(inputs, grad_outputs, cu_seqlens)
-
-    functions = {
-        "weight gradient, torch.mm": lambda: torch.mm(grad_outputs.T, inputs),
-        "pyeff, gradient and norms": lambda: pyeff.linear_grad(inputs, grad_outputs, cu_seqlens),
-        "torch.mm, pyeff Gram norms": lambda: (
-            torch.mm(grad_outputs.T, inputs),
-            pyeff.gram_norms(inputs, grad_outputs, cu_seqlens),
-        ),
-        "pyeff, Gram norms alone": lambda: pyeff.gram_norms(inputs, grad_outputs, cu_seqlens),
-    }
-    contest(
-        "pyeff, gradient and norms",
-        functions,
-        baseline="weight gradient, torch.mm",
-        target=1.25 if device == "cuda" else None,
-        flops=2 * sum(lengths) * d * p,
-        bound="weight gradient, torch.mm",
-    )
+    return lengths
 
 
 @pytest.mark.benchmark(group="linear_grad")
-@pytest.mark.parametrize("tokens", [256, 2048])
-def test_launch_choices_of_the_gpu(contest: Callable[..., Any], device: str, tokens: int) -> None:
-    if device == "cpu":
-        pytest.skip("chooses between tiles of the GPU's kernel")
-    from pyeff.triton_kernels.linear_grad import Config, linear_grad
-
-    d = p = 4096
-    inputs, grad_outputs, cu_seqlens = tokens_of([tokens] * (16384 // tokens), d, p, torch.bfloat16, device)
-    # None of these spills on sm_90; the narrow ones leave room for two programs on a processor.
-    tiles = [(128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3)]
-    functions = {
-        f"tile {tile}": partial(linear_grad, inputs, grad_outputs, cu_seqlens, config=Config(*tile)) for tile in tiles
-    }
-    functions["weight gradient, torch.mm"] = lambda: torch.mm(grad_outputs.T, inputs)
+def test_packed_samples_of_many_lengths(contest: Callable[..., Any], device: str, tiny: bool) -> None:
+    d, p, dtype, total = (4096, 4096, torch.bfloat16, 16384) if device == "cuda" else (576, 1536, torch.float32, 4096)
+    if tiny:
+        d, p, total = 24, 40, 256
+    lengths = packed_lengths(total, 32 if tiny else 512)
+    inputs, grad_outputs, cu_seqlens = tokens_of(lengths, d, p, dtype, device)
+    check_answer(inputs, grad_outputs, cu_seqlens)
     contest(
-        f"tile {tiles[0]}",
-        functions,
+        "pyeff, gradient and norms",
+        ways_of(inputs, grad_outputs, cu_seqlens),
         baseline="weight gradient, torch.mm",
-        flops=2 * 16384 * d * p,
+        target=1.25 if device == "cuda" else None,
+        flops=2 * sum(lengths) * d * p,
         bound="weight gradient, torch.mm",
     )
 
@@ -185,40 +180,164 @@ class Blocks(nn.Module):
         self.up = nn.ModuleList(nn.Linear(d, f, bias=False) for _ in range(6))
         self.down = nn.ModuleList(nn.Linear(f, d, bias=False) for _ in range(6))
 
-    def forward(self, x: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = functional.linear) -> Tensor:
+    def forward(self, x: Tensor, apply: Callable[[nn.Linear, Tensor], Tensor] = nn.Linear.__call__) -> Tensor:
         for up, down in zip(self.up, self.down, strict=True):
-            x = x + linear(functional.gelu(linear(x, up.weight)), down.weight)
+            x = x + apply(down, functional.gelu(apply(up, x)))
         return x
+
+
+def opacus_step(model: Blocks, x: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward under Opacus' ghost norms: its first pass, which leaves norms and the gradient."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(copy.deepcopy(model), loss_reduction="sum")
+
+    def step() -> Tensor:
+        wrapped.zero_grad(set_to_none=True)
+        x.grad = None
+        wrapped(x).square().sum().backward()
+        return wrapped.get_norm_sample().square()
+
+    return step
+
+
+def vmap_step(model: Blocks, x: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward by vmap(grad): a gradient of the model for every sample, then norms and their sum."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+
+    def step() -> Tensor:
+        gradients = per_sample(parameters, x.detach())
+        norms_sq = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0)
+        for gradient in gradients.values():
+            gradient.sum(0)
+        return norms_sq
+
+    return step
 
 
 @pytest.mark.benchmark(group="linear_grad")
 @pytest.mark.parametrize(("tokens", "target"), [(128, 1.12), (512, 1.06)], ids=["128 tokens", "512 tokens"])
-def test_training_step_of_six_blocks(contest: Callable[..., Any], device: str, tokens: int, target: float) -> None:
+def test_training_step_of_six_blocks(
+    contest: Callable[..., Any], device: str, tiny: bool, tokens: int, target: float
+) -> None:
     batch, d, f = 8, 576, 1536
+    if tiny:
+        batch, tokens, d, f = 2, tokens // 64, 24, 40
     torch.manual_seed(0)
     model = Blocks(d, f).to(device)
     x = torch.randn(batch, tokens, d, device=device, requires_grad=True)
     cu_seqlens = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
 
-    def step(linear: Callable[[Tensor, Tensor], Tensor] = functional.linear) -> None:
+    def step(apply: Callable[[nn.Linear, Tensor], Tensor] = nn.Linear.__call__) -> None:
         model.zero_grad(set_to_none=True)
         x.grad = None
-        model(x, linear).square().sum().backward()
+        model(x, apply).square().sum().backward()
 
     def watched() -> Tensor:
         norms_sq = torch.zeros(batch, device=device)
-        step(lambda inputs, weight: WatchedLinear.apply(inputs, weight, cu_seqlens, norms_sq))
+        step(lambda layer, inputs: WatchedLinear.apply(inputs, layer.weight, cu_seqlens, norms_sq))
         return norms_sq
 
     norms_sq = watched()
     for s in range(2):
         gradients = torch.autograd.grad(model(x[s : s + 1]).square().sum(), list(model.parameters()))
         torch.testing.assert_close(norms_sq[s], sum(gradient.square().sum() for gradient in gradients))
+    functions = {"plain step": step, "pyeff, step with norms": watched, "vmap(grad)": vmap_step(model, x)}
+    if (problem := opacus_problem()) is None:
+        functions["Opacus, ghost norms"] = opacus_step(model, x)
+    else:
+        print(problem)
+    for name in functions.keys() - {"plain step"}:
+        torch.testing.assert_close(functions[name](), norms_sq, msg=lambda text, name=name: f"{name}: {text}")
     contest(
         "pyeff, step with norms",
-        {"plain step": step, "pyeff, step with norms": watched},
+        functions,
         baseline="plain step",
         target=target if device == "cpu" else None,
         flops=3 * 12 * 2 * batch * tokens * d * f,
         bound="plain step",
+    )
+
+
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **named: Any) -> Any:
+    """Attention within each sample of a packed batch, for transformers: no scores between samples, and no mask."""
+    borders: Tensor = named["cu_seq_lens_q"]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, size]
+    if q.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        causal = {"window_size": (-1, 0)}
+        if "window_size" not in inspect.signature(varlen_attn).parameters:  # before torch 2.12
+            causal = {"is_causal": True}
+        longest = named["max_length_q"]
+        return varlen_attn(q, k, v, borders, borders, longest, longest, **causal)[None], None
+    samples = [
+        functional.scaled_dot_product_attention(
+            *(x[start:end].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        for start, end in pairwise(borders.tolist())
+    ]
+    return torch.cat(samples, 2).transpose(1, 2), None
+
+
+@pytest.mark.benchmark(group="linear_grad")
+def test_training_step_of_a_billion_parameters(contest: Callable[..., Any], device: str, tiny: bool) -> None:
+    if device == "cpu" and not tiny:
+        pytest.skip("too large for a CPU")
+    transformers = pytest.importorskip("transformers")
+    transformers.AttentionInterface.register("packed", packed_attention)
+    shape = (
+        {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+        if tiny
+        else {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    )
+    config = transformers.LlamaConfig(
+        **shape,
+        num_attention_heads=4 if tiny else 32,
+        num_key_value_heads=2 if tiny else 4,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="packed",
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    tokens = 128 if tiny else 16384
+    lengths = packed_lengths(tokens, 32 if tiny else 512)
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    ids = torch.randint(config.vocab_size, (1, tokens), device=device)
+    packed = {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, **packed).loss.backward()
+
+    def observed() -> Tensor:
+        with pyeff.observe(model) as seen:
+            step()
+        return seen.grad_norms
+
+    assert observed().shape == (len(lengths),)
+    assert observed().isfinite().all()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    contest(
+        "pyeff.observe",
+        {"plain step": step, "pyeff.observe": observed},
+        baseline="plain step",
+        target=1.10 if device == "cuda" else None,
+        memory_target=1.01,
+        flops=6 * tokens * parameters,
+        bound="plain step",
+        pairs=10 if device == "cuda" else 1,
     )

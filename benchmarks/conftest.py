@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import Timing, interleaved_until_steady
+from timing import Timing, interleaved, interleaved_until_steady
 
 import pyeff
 
@@ -30,10 +30,17 @@ class Result:
     flops: float | None
     bytes: float | None
     bound: str | None
+    peaks: dict[str, int] | None = None
+    memory_target: float | None = None
 
     @property
     def ratio(self) -> Timing:
         return self.timings[self.name].ratio(self.timings[self.baseline])
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Peak memory, of which most is the model's and its activations', over the baseline's."""
+        return None if self.peaks is None else self.peaks[self.name] / self.peaks[self.baseline]
 
     @property
     def counts(self) -> bool:
@@ -54,6 +61,12 @@ class Result:
             if not self.counts:
                 verdict += ", but the baseline was disturbed and this run does not count"
             lines.append(f"  target: <= {self.target} x {self.baseline}: {verdict}")
+        if self.peaks is not None and self.memory_ratio is not None:
+            line = f"  peak memory {self.peaks[self.name] / 2**20:.0f} MiB, {self.memory_ratio:.4f} x {self.baseline}"
+            if self.memory_target is not None:
+                line += f"; target: <= {self.memory_target} x: "
+                line += "met" if self.memory_ratio <= self.memory_target else "missed"
+            lines.append(line)
         return lines
 
     def _rate(self, timing: Timing) -> str:
@@ -79,8 +92,10 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
 
     `name` is our contender among `functions`; `target` the most its time may be of the baseline's; `flops` and `bytes`
     what one call must do and move; `bound` the contender that does nothing but the unavoidable part. Fails when the
-    target is missed by more than a quarter while the baseline was steady.
+    target is missed by more than a quarter while the baseline was steady. On a GPU `memory_target` has both measure
+    their peak memory. With --tiny everything runs, and neither times nor targets mean anything.
     """
+    tiny = request.config.getoption("--tiny")
 
     def run(
         name: str,
@@ -92,17 +107,38 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
         bytes: float | None = None,
         bound: str | None = None,
         pairs: int = 20,
+        memory_target: float | None = None,
     ) -> Result:
-        timings = interleaved_until_steady(functions, baseline=baseline, pairs=pairs)
-        result = Result(name, baseline, timings, target, flops, bytes, bound)
+        if tiny:
+            timings = interleaved(functions, pairs=1)
+        else:
+            timings = interleaved_until_steady(functions, baseline=baseline, pairs=pairs)
+        peaks = None
+        if memory_target is not None and torch.cuda.is_available():
+            peaks = {each: _peak_bytes(functions[each]) for each in (baseline, name)}
+        result = Result(name, baseline, timings, target, flops, bytes, bound, peaks, memory_target)
         benchmark.extra_info.update(_record(result))
         benchmark.pedantic(functions[name], rounds=3, warmup_rounds=1)
         request.config.stash[_REPORT].append((request.node.name, result))
-        if target is not None and result.counts:
+        if target is not None and result.counts and not tiny:
             assert result.ratio.minimum <= FAILURE * target, "\n".join(["target missed", *result.lines()])
         return result
 
     return run
+
+
+def _peak_bytes(function: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.fixture
+def tiny(request: pytest.FixtureRequest) -> bool:
+    """Whether shapes should be toys, to see that a benchmark runs."""
+    return bool(request.config.getoption("--tiny"))
 
 
 def _record(result: Result) -> dict[str, Any]:
@@ -119,6 +155,8 @@ def _record(result: Result) -> dict[str, Any]:
         record["flops"] = result.flops
     if result.bytes:
         record["bytes"] = result.bytes
+    if result.peaks is not None:
+        record["memory"] = {"peak_bytes": result.peaks, "ratio": result.memory_ratio, "target": result.memory_target}
     return record
 
 
@@ -132,6 +170,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write the results that count to DIR/<device>.json; benchmarks/results feeds the tables of the documents",
     )
+    parser.addoption("--tiny", action="store_true", help="toy shapes, one round: whether the benchmarks run at all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -148,7 +187,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for line in result.lines():
             terminalreporter.line(line)
     directory = config.getoption("--keep-results")
-    if directory:
+    if directory and not config.getoption("--tiny"):
         terminalreporter.line(f"kept in {keep(report, directory)}")
 
 
