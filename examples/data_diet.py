@@ -21,11 +21,13 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_diet_report import REGIMES, Report, report, write_atomically
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
@@ -46,7 +49,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "data_diet.md"
 FIGURE = ROOT / "docs" / "images" / "data_diet.png"
 RESULTS = ROOT / "examples" / "results" / "data_diet.json"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, DEVIATION = 0.2860, 0.3530  # of the training images' pixels
@@ -121,18 +123,17 @@ def stream(*name: object) -> int:
 
 
 def network(seed: int) -> nn.Sequential:
-    """Three convolutions and a linear layer, 29 thousand parameters; nothing in it mixes samples."""
+    """Three convolutions that halve the image and a linear layer, 34 thousand parameters; nothing mixes samples."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, 16), (16, 32), (32, 64)):
-        # Pooling commutes with the ReLU, which is then four times smaller.
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 3 * 3, CLASSES))
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, CLASSES))
     generator = torch.Generator().manual_seed(seed)
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
-    return model.to(memory_format=torch.channels_last)
+    return model
 
 
 def step_flops(batch_size: int) -> int:
@@ -223,25 +224,18 @@ class Arm:
 
 
 def arms(settings: Settings) -> list[Arm]:
-    """All arms; averages over several networks beside single ones."""
+    """All arms. EL2N by one network too, which leaves more of a budget to train with."""
     many = settings.replicates
     epoch = f"EL2N after {settings.early_epochs} epoch{'s' if settings.early_epochs > 1 else ''}"
+    part = "half" if settings.keep == 0.5 else f"{settings.keep:.0%}"
     found = [
         Arm("full", "all images", None),
-        Arm("random", "random half", None),
+        Arm("random", f"random {part}", None),
         Arm("el2n-1", f"{epoch}, 1 network", "EL2N", 1),
         Arm(f"el2n-{many}", f"{epoch}, mean of {many}", "EL2N", many),
-        Arm("grand-1", "GraNd at init, 1 network", "GraNd", 1),
         Arm(f"grand-{many}", f"GraNd at init, mean of {many}", "GraNd", many),
     ]
     return list({arm.name: arm for arm in found}.values())
-
-
-REGIMES = {
-    "epochs": "equal epochs",
-    "whole": "equal total FLOPs, whole budget",
-    "half": "equal total FLOPs, half the budget",
-}
 
 
 @dataclass(frozen=True)
@@ -378,7 +372,14 @@ def _score(task: Scoring, data: Images, job: Job) -> dict[str, Any]:
         )
     method = EL2N() if task.method == "EL2N" else GraNd()
     checkpoint = f"epoch {settings.early_epochs}" if steps else "initialisation"
-    scores = method.score(model, (data.pixels, data.labels), seed=task.replicate, checkpoint=checkpoint, progress=False)
+    scores = method.score(
+        model,
+        (data.pixels, data.labels),
+        batch_size=2 * settings.batch_size,
+        seed=task.replicate,
+        checkpoint=checkpoint,
+        progress=False,
+    )
     scores.write(job.out / f"{task.name}.parquet")
     return {"flops_training": steps * step_flops(settings.batch_size), "flops_pass": scores.flops}
 
@@ -430,16 +431,6 @@ def _train(task: Training, data: Images, job: Job) -> dict[str, Any]:
     return result
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a kill leaves the old one or the new one."""
-    partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 # Doing it
 
 
@@ -469,8 +460,8 @@ def run(tasks: Sequence[Task], job: Job, *, workers: int) -> None:
                 execute(task, job)
                 finished(task)
             return
-        # Forked workers would share this process's OpenMP threads and CUDA state; each gets one thread of its own.
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        # Forked workers would share this process's OpenMP threads and CUDA state.
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
             running: dict[Future[None], Task] = {}
             while pending or running:
                 for task in list(pending):
@@ -479,8 +470,20 @@ def run(tasks: Sequence[Task], job: Job, *, workers: int) -> None:
                         running[pool.submit(execute, task, job)] = task
                         pending.remove(task)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    finished(running.pop(future))
+                    task = running.pop(future)
+                    try:
+                        future.result()
+                    except BrokenProcessPool as error:
+                        raise UserError(
+                            f"a process was ended from outside while it did {task.name}: if memory is short, take "
+                            f"fewer --workers; the same command goes on with what is in {job.out}"
+                        ) from error
+                    finished(task)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
 
 
 def _is_done(task: Task, job: Job) -> bool:
@@ -519,257 +522,6 @@ def collect(tasks: Sequence[Task], job: Job) -> dict[str, Any]:
     }
 
 
-# Report
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over seeds, 95 % interval of Student's t, and ``p`` of the two-sided t-test that the mean is zero."""
-
-    mean: float
-    half_width: float
-    p: float
-    seeds: int
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and interval of one value a seed, of at least two seeds.
-
-    >>> result = estimate([1.0, 2.0, 3.0])
-    >>> result.mean, round(result.half_width, 3)
-    (2.0, 2.484)
-    """
-    array = np.asarray(values, dtype=np.float64)
-    error = float(array.std(ddof=1)) / math.sqrt(len(array))
-    p = float(stats.ttest_1samp(array, 0.0).pvalue) if error else float("nan")
-    return Estimate(float(array.mean()), float(stats.t.ppf(0.975, len(array) - 1)) * error, p, len(array))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjustment of p-values for their number.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted = [1.0] * len(p)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, p[index] * (len(p) - rank)))
-        adjusted[index] = largest
-    return adjusted
-
-
-class Report:
-    """The results of a file, ready to be shown."""
-
-    def __init__(self, results: dict[str, Any]) -> None:
-        self.results = results
-        self.titles: dict[str, str] = results["arms"]
-        self.seeds = sorted({run["seed"] for run in results["runs"]})
-        self.noise = max(run["label_noise"] for run in results["runs"])
-        self._runs: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-        for run in sorted(results["runs"], key=lambda run: run["seed"]):
-            self._runs.setdefault((run["arm"], run["regime"], run["label_noise"]), []).append(run)
-        compared = [
-            key
-            for key in self._runs
-            if key[0] != "random" and self.accuracies(*key) and self.accuracies("random", *key[1:])
-        ]
-        adjusted = holm([self.against_random(*key).p for key in compared])
-        self.adjusted = dict(zip(compared, adjusted, strict=True))
-
-    def runs(self, arm: str, regime: str, noise: float = 0.0) -> list[dict[str, Any]]:
-        """Results by seed."""
-        return self._runs.get((arm, regime, noise), [])
-
-    def accuracies(self, arm: str, regime: str, noise: float = 0.0) -> list[float]:
-        """Test accuracy in per cent by seed; empty where scoring left nothing to train with."""
-        found = [run["accuracy"] for run in self.runs(arm, regime, noise)]
-        return [] if None in found else [100 * value for value in found]
-
-    def against_random(self, arm: str, regime: str, noise: float = 0.0) -> Estimate:
-        """Accuracy minus that of the random half in the same regime, paired by seed."""
-        pairs = zip(self.accuracies(arm, regime, noise), self.accuracies("random", regime, noise), strict=True)
-        return estimate([own - random for own, random in pairs])
-
-    def flops(self, arm: str, regime: str, noise: float = 0.0) -> dict[str, float]:
-        """Mean FLOPs by purpose."""
-        names = ("flops_scoring_training", "flops_scoring_passes", "flops_training")
-        runs = self.runs(arm, regime, noise)
-        return {name: sum(run[name] for run in runs) / len(runs) for name in names}
-
-    def comparison(self, regime: str, noise: float = 0.0) -> str:
-        """A row an arm: accuracy, difference to random, epochs, FLOPs."""
-        wrong = " wrong labels kept |" if noise else ""
-        lines = [
-            "| trained on | test accuracy | minus random half | p | epochs over what is kept | scoring | total |"
-            + wrong,
-            "|---|---|---|---|---|---|---|" + ("---|" if noise else ""),
-        ]
-        for arm, title in self.titles.items():
-            runs = self.runs(arm, regime, noise)
-            if not runs:
-                continue
-            flops = self.flops(arm, regime, noise)
-            scoring = flops["flops_scoring_training"] + flops["flops_scoring_passes"]
-            if self.accuracies(arm, regime, noise):
-                own = estimate(self.accuracies(arm, regime, noise))
-                cells = [f"{own.mean:.2f} ± {own.half_width:.2f} %", "", ""]
-                if arm != "random":
-                    versus = self.against_random(arm, regime, noise)
-                    cells[1:] = [f"{versus.mean:+.2f} ± {versus.half_width:.2f}", _p(self.adjusted[arm, regime, noise])]
-                cells += [f"{np.mean([run['epochs'] for run in runs]):.1f}"]
-                total = tera(scoring + flops["flops_training"])
-            else:
-                cells, total = ["scoring leaves no budget", "", "", "0"], tera(scoring)
-            row = [title, *cells, tera(scoring), total]
-            if noise:
-                row.append(f"{np.mean([run['kept_wrong_labels'] / sum(run['kept_by_class']) for run in runs]):.1%}")
-            lines.append(f"| {' | '.join(row)} |")
-        return "\n".join(lines)
-
-    def breakdown(self) -> str:
-        """Where the FLOPs of equal epochs went."""
-        lines = [
-            "| trained on | training what scores | passes that score | final training | total | of all images' |",
-            "|---|---|---|---|---|---|",
-        ]
-        for arm, title in self.titles.items():
-            flops = self.flops(arm, "epochs")
-            total = sum(flops.values())
-            share = total / self.results["budget_flops"]
-            lines.append(f"| {title} | {' | '.join(map(tera, flops.values()))} | {tera(total)} | {share:.0%} |")
-        return "\n".join(lines)
-
-    def kept(self) -> str:
-        """What the scores chose, of each method and number of networks."""
-        lines = [
-            "| kept by | rank correlation with the input's norm | images kept of a class, least and most |",
-            "|---|---|---|",
-        ]
-        for arm, title in self.titles.items():
-            runs = self.runs(arm, "epochs")
-            if "correlation_with_input_norm" not in runs[0]:
-                continue
-            by_class = np.mean([run["kept_by_class"] for run in runs], axis=0)
-            norm = np.mean([run["correlation_with_input_norm"] for run in runs])
-            lines.append(f"| {title} | {norm:+.2f} | {by_class.min():.0f} to {by_class.max():.0f} |")
-        return "\n".join(lines)
-
-    def markdown(self) -> str:
-        """Everything between the markers of the page."""
-        s, made_with = self.results["settings"], self.results["made_with"]
-        parts = [
-            f"{s['train_images']} training and {s['test_images']} test images, {s['epochs']} epochs in batches of "
-            f"{s['batch_size']}, {s['keep']:.0%} kept, {len(self.seeds)} seeds. Whole budget: "
-            f"{tera(self.results['budget_flops'])}, what {s['epochs']} epochs on all images take. torch "
-            f"{made_with['torch']}, {made_with['device']}.",
-            "### Equal epochs",
-            self.comparison("epochs"),
-            "### Equal total FLOPs: the whole budget",
-            self.comparison("whole"),
-            "### Equal total FLOPs: half the budget",
-            self.comparison("half"),
-            "### Where the FLOPs of equal epochs go",
-            self.breakdown(),
-            "### What is kept",
-            self.kept(),
-        ]
-        if self.noise:
-            parts += [f"### Equal epochs with {self.noise:.0%} wrong labels", self.comparison("epochs", self.noise)]
-        return "\n\n".join(parts)
-
-    def figure(self, path: Path) -> None:
-        """Accuracy against total FLOPs, and differences to the random half with their intervals."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        colors = dict(
-            zip(self.titles, ("black", "tab:gray", "tab:blue", "tab:cyan", "tab:red", "tab:orange"), strict=False)
-        )
-        markers = {"epochs": "o", "whole": "s", "half": "D"}
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), width_ratios=(1.15, 1), layout="constrained")
-        for arm, color in colors.items():
-            for regime, marker in markers.items():
-                if values := self.accuracies(arm, regime):
-                    own, total = estimate(values), sum(self.flops(arm, regime).values()) / 1e12
-                    left.errorbar(total, own.mean, own.half_width, fmt=marker, color=color, capsize=3, markersize=7)
-        budget = self.results["budget_flops"] / 1e12
-        for share, name in ((0.5, "half the budget"), (1, "whole budget")):
-            left.axvline(share * budget, color="0.85", zorder=0)
-            left.text(
-                share * budget, 1.0, name, transform=left.get_xaxis_transform(), ha="center", va="bottom", color="0.4"
-            )
-        left.set(xlabel="total TFLOPs, scoring included", ylabel="test accuracy (%)")
-        left.set_xlim(left=0)
-        handles = [plt.Line2D([], [], color=color, lw=4, label=self.titles[arm]) for arm, color in colors.items()]
-        handles += [plt.Line2D([], [], color="0.3", marker=m, ls="", label=REGIMES[r]) for r, m in markers.items()]
-        left.legend(handles=handles, fontsize=8, loc="lower right")
-        left.grid(alpha=0.25)
-
-        rows: list[tuple[str, str, Estimate]] = []
-        labels = []
-        for regime in REGIMES:
-            for arm in self.titles:
-                if arm != "random" and self.accuracies(arm, regime):
-                    rows.append((arm, regime, self.against_random(arm, regime)))
-                    labels.append(self.titles[arm])
-        place, before, places, heads = 0.0, "", [], []
-        for _, regime, _ in rows:
-            if regime != before:
-                place += 1.3 if before else 0.6
-                heads.append((place - 0.75, REGIMES[regime]))
-                before = regime
-            places.append(place)
-            place += 1
-        for at, (arm, _, versus) in zip(places, rows, strict=True):
-            right.errorbar(versus.mean, at, xerr=versus.half_width, fmt="o", color=colors[arm], capsize=3)
-        for at, title in heads:
-            right.text(0.01, at, title, transform=right.get_yaxis_transform(), fontsize=9, weight="bold", va="center")
-        right.axvline(0, color="0.4", lw=1)
-        right.set_yticks(places, labels, fontsize=9)
-        right.set_ylim(place - 0.3, -0.7)
-        right.set_xlabel("test accuracy minus that of a random half, percentage points")
-        right.grid(axis="x", alpha=0.25)
-        figure.suptitle(
-            f"Half of Fashion-MNIST by score: mean and 95 % interval of {len(self.seeds)} seeds", fontsize=12
-        )
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        plt.close(figure)
-
-
-def tera(flops: float) -> str:
-    """FLOPs as text."""
-    return f"{flops / 1e12:.2f} TFLOPs"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def rendered(page: str, body: str) -> str:
-    """The page with this between its markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
-
-
-def report(results: Path, page: Path, figure: Path, *, check: bool) -> int:
-    """Write or check the page."""
-    shown = Report(json.loads(results.read_text()))
-    text = page.read_text()
-    current = rendered(text, shown.markdown())
-    if check:
-        if current != text:
-            print(f"{page} is not current: run python examples/data_diet.py --report", file=sys.stderr)
-        return int(current != text)
-    write_atomically(page, current)
-    shown.figure(figure)
-    return 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, or report."""
     description, *rest = (__doc__ or "").split("\n\n")
@@ -780,9 +532,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files, plain or gzipped")
     parser.add_argument("--out", type=Path, default=Path("runs/data_diet"), help="where results are kept")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=8, help="of training on all images: this is the whole budget")
+    parser.add_argument("--epochs", type=int, default=6, help="of training on all images: this is the whole budget")
     parser.add_argument("--early-epochs", type=int, default=1, help="after which EL2N scores")
-    parser.add_argument("--replicates", type=int, default=5, help="networks whose scores are averaged")
+    parser.add_argument("--replicates", type=int, default=4, help="networks whose scores are averaged")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the images to keep")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--label-noise", type=float, default=0.0, help="also compare with this share of wrong labels")
