@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from pyeff.observation.convolution import ObservedConvolution, geometry_of
+from pyeff.observation.head import ObservedHead
 from pyeff.observation.layers import (
     ObservedBroadcast,
     ObservedEmbedding,
@@ -24,6 +25,7 @@ from pyeff.observation.layers import (
 )
 from pyeff.observation.recording import Kind, Use
 from pyeff.observation.rows import Rows, UnknownRows
+from pyeff.ops.linear_cross_entropy import check_leading, linear_cross_entropy, reduced
 
 if TYPE_CHECKING:
     from pyeff.observation.observer import GradientObservation
@@ -211,6 +213,32 @@ def _product(
     if w_use is None and b_use is None:
         return plain()
     return ObservedLinear.apply(x, w, b, transposed, w_use, b_use)
+
+
+@_handles(linear_cross_entropy)
+def _head(
+    mode: Interception,
+    func: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    w_ref, b_ref = mode.ref(weight), mode.ref(bias)
+    w_use = b_use = None
+    if mode.ref(hidden) is None and (w_ref is None or not (w_ref.reshaped or w_ref.transposed)):
+        check_leading(hidden, targets)
+        w_use = mode.use(w_ref, "linear", hidden, hidden.ndim - 1, weight.numel())
+        # Its samples' gradients are never formed, so those of a second use could not be added: no size.
+        b_use = mode.use(b_ref, "vector", hidden, hidden.ndim - 1, 0)
+    if w_use is None and b_use is None:
+        return func(hidden, weight, targets, bias=bias, softcap=softcap, ignore_index=ignore_index, reduction=reduction)
+    losses = ObservedHead.apply(hidden, weight, bias, targets, softcap, ignore_index, w_use, b_use)
+    return reduced(losses, targets, ignore_index, reduction)
 
 
 @_handles(F.embedding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -74,14 +75,18 @@ class Use:
         With E_t the embedding's gradient at token t and H = outputs^T inputs the head's, <H, E> = sum_t H[id_t] . E_t:
         the rows id_t of H are kept, as many numbers as the embedding has outputs. Cost 2 T^2 D FLOPs a sample.
         """
+        if self.transposed:
+            inputs, outputs = outputs, inputs
+        self.add_columns(inputs, lambda rows, ids: outputs[rows].index_select(1, ids))
+
+    def add_columns(self, inputs: Tensor, columns: Callable[[slice, Tensor], Tensor]) -> None:
+        """`add_product`, where `columns(rows, ids)` are the outputs of some rows for the classes `ids`: [T, C]."""
         embedding = self.forward.partner(self)
         if embedding is None:
             return
         if embedding.done or embedding.ids is None:
             self.forward.observation.refuse(self.name, "its embedding's gradient came before its head's", now=True)
             return
-        if self.transposed:
-            inputs, outputs = outputs, inputs
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         ids = embedding.ids
         kept = torch.empty(ids.shape[0], inputs.shape[1], dtype=dtype, device=inputs.device)
@@ -91,7 +96,7 @@ class Use:
             x = inputs[head].to(dtype)
             for begin in range(tokens.start, tokens.stop, step):
                 piece = slice(begin, min(begin + step, tokens.stop))
-                kept[piece] = outputs[head].index_select(1, ids[piece]).to(dtype).t() @ x
+                kept[piece] = columns(head, ids[piece]).to(dtype).t() @ x
         embedding._head_rows = kept * (self.scale * embedding.scale)
 
     def add_cross_term(self, gradients: Tensor, padding_idx: int) -> None:

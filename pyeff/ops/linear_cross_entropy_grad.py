@@ -381,7 +381,9 @@ def _by_panels(
             if has_bias and (wanted.norms or wanted.weight_grad):
                 # A bias is a weight whose input is 1.
                 one = hidden.new_ones(1, 1).expand(count, 1)
-                found = linear_grad(one, grads, borders, weight_grad=wanted.weight_grad, norms=wanted.norms, impl=products)
+                found = linear_grad(
+                    one, grads, borders, weight_grad=wanted.weight_grad, norms=wanted.norms, impl=products
+                )
                 if found.norms_sq is not None:
                     bias_norms_sq[members] += found.norms_sq
                 if found.weight_grad is not None:
