@@ -70,7 +70,18 @@ _HOME = {
     "info": "pyeff._info",
     "UserError": "pyeff.errors",
 }
-_SUBPACKAGES = ("data", "governor", "observation", "ops", "optim", "reference", "scoring", "selection", "train")
+_SUBPACKAGES = (
+    "data",
+    "governor",
+    "memory",
+    "observation",
+    "ops",
+    "optim",
+    "reference",
+    "scoring",
+    "selection",
+    "train",
+)
 
 __all__ = [
     "EmbeddingGrad",

@@ -99,7 +99,7 @@ def test_layers_only_point_down() -> None:
         {"triton_kernels", "reference"},
         {"ops"},
         {"observation", "governor", "optim", "data", "selection"},
-        {"scoring"},
+        {"scoring", "memory"},
         {"train"},
         {"cli"},
     ]

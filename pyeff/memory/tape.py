@@ -1,10 +1,10 @@
-"""A training step as a list of tensors: which are kept for the backward, which gradients appear, and when the most is live.
+"""A training step as a list of tensors: which are kept for the backward, which gradients appear, what is live when.
 
-A `Tape` is written by walking a model's forward pass (see `pyeff.memory.transformer`) with one `Op` for each autograd node:
-what it reads, what it writes, what it saves, and which parameters it gives a gradient. `simulate` then plays the step
-as autograd runs it: values die after their last reader unless something saved them, nodes run backwards in the
-reverse order of their making, saved tensors die with the node that saved them, gradients are accumulated in place,
-and a checkpointed segment keeps its inputs and runs again when its turn comes. Nothing is allocated and no torch is needed.
+A `Tape` is written by walking a model's forward pass (see `pyeff.memory.transformer`) with one `Op` for each autograd
+node: what it reads, what it writes, what it saves, and which parameters it gives a gradient. `simulate` then plays the
+step as autograd runs it: values die after their last reader unless something saved them, nodes run backwards in the
+reverse order of their making, saved tensors die with the node that saved them, gradients are accumulated in place, and
+a checkpointed segment keeps its inputs and runs again when its turn comes. Nothing is allocated, no torch is needed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Op:
     """One node: `saved` are kept for its backward, `parameters` get a gradient from it (name, bytes).
 
     `passes` says that its backward hands the gradient on without a copy; `workspace` are bytes its backward needs
-    besides the gradients it returns; `keep` are outputs that a checkpoint may keep instead of computing them again; `held`
-    are not read, but a variable of a running function still names them; `saves_weight` says that a parameter is saved,
-    which costs nothing.
+    besides the gradients it returns; `keep` are outputs that a checkpoint may keep instead of computing them again;
+    `held` are not read, but a variable of a running function still names them; `saves_weight` says that a parameter is
+    saved, which costs nothing.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Op:
 
 @dataclass(eq=False)
 class Segment:
-    """Consecutive nodes; a checkpointed one keeps `inputs`, and with `keep` the outputs that its nodes offer to keep."""
+    """Consecutive nodes; a checkpointed one keeps `inputs`, and with `keep` the outputs its nodes offer to keep."""
 
     ops: list[Op] = field(default_factory=list)
     checkpoint: bool = False

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
 class Traced:
     """Bytes beside parameters and buffers: kept for the backward (each storage once), live at the end of the forward,
-    the most live at any moment, and the phase of that moment ("forward" or "backward")."""
+    the most live at any moment, the phase of that moment ("forward" or "backward"), all gradients, and the FLOPs of the
+    matrix products."""
 
     saved: int
     forward_end: int
     peak: int
     phase: str
     gradients: int
+    flops: int
 
 
 def trace_step(
@@ -91,7 +94,7 @@ def measure_step(model: nn.Module, *args: Any, loss: Callable[[Any], Tensor] | N
     """
     if any(p.grad is not None for p in model.parameters()):
         raise ValueError("model must have no gradients: call zero_grad() first")
-    weights = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    weights: dict[str, Tensor] = dict([*model.named_parameters(), *model.named_buffers()])
     try:
         return _observe(weights, lambda: model(*args, **kwargs), loss, (args, kwargs))
     finally:
@@ -109,18 +112,18 @@ def _observe(
             saved[_key(t)] = t.untyped_storage().nbytes()
         return t
 
-    live = _LiveBytes(own)
+    live, flops = _LiveBytes(own), FlopCounterMode(display=False)
     for t in tree_leaves(given):
         if isinstance(t, Tensor):
             live.see(t)
-    with live:
+    with flops, live:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             value = (loss or _loss_of)(run())
         forward_end, forward_peak = live.now, live.peak
         value.backward()
     gradients = sum(t.grad.untyped_storage().nbytes() for t in weights.values() if t.grad is not None)
     phase = "forward" if forward_peak >= live.peak else "backward"
-    return Traced(sum(saved.values()), forward_end, live.peak, phase, gradients)
+    return Traced(sum(saved.values()), forward_end, live.peak, phase, gradients, flops.get_total_flops())
 
 
 def _key(t: Tensor) -> int:
@@ -179,5 +182,5 @@ def _no_mask_from_values() -> Iterator[None]:
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
         yield
         return
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *a, **k: None):
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         yield

@@ -1,16 +1,17 @@
 """The tensors a decoder-only transformer keeps for its backward, node by node, as transformers' classes compute them.
 
-With N tokens, s bytes an activation, widths h (residual), q and kv (heads x head size), f (MLP), a heads, one Llama layer
-keeps for full training
+With N tokens, s bytes an activation, widths h (residual), q and kv (heads x head size), f (MLP) and a heads, one Llama
+layer trained whole keeps
 
-    two norms       2 (4 N h [bf16: the fp32 copy; fp32: the input itself] + 4 N + s N h [before its weight]) and
-                    2 s N h [after it: the input of the projections]
-    attention       s N (2 q + 2 kv) + 4 N a     q, k after the rotation, v, out; the log-sum-exps in fp32
+    two norms       2 (4 N h [fp32: the input; bf16: its fp32 copy] + 4 N [rsqrt] + s N h [before the norm's weight]
+                    + s N h [after it: the input of the projections])
+    attention       s N (2 q + 2 kv) + 4 N a     q and k after the rotation, v, the output; the log-sum-exps in fp32
     MLP             4 s N f                      gate, silu(gate), up, their product
 
-and one GPT-2 layer s N (2 h [inputs of the norms] + 2 h [outputs] + 3 h [q, k, v] + h [out] + 5 f [gelu_new in five steps])
-+ 4 N a, and a mask for each dropout. What is not trained keeps less: a frozen matrix does not keep its input, a LoRA
-adapter keeps its own (in fp32 where the adapter is fp32 and the model bf16, one copy for each adapter).
+and one GPT-2 layer s N (2 h [inputs of the norms] + 2 h [their outputs] + 3 h [q, k, v] + h [attention's output]
++ 5 f [gelu_new in steps]) + 4 N a, four statistics of the norms, and a mask for each dropout. What is not trained keeps
+less: a frozen matrix does not keep its input, a LoRA adapter keeps its own (in fp32 where the adapter is fp32 and the
+model bf16, one copy for each adapter).
 
 The account is of PyTorch's eager mode, checked against saved-tensor hooks; a compiled model keeps less.
 """

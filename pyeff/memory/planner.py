@@ -1,0 +1,700 @@
+"""What a training step needs in memory, when it needs it, what fits, and what a change would buy."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pyeff.errors import UserError
+from pyeff.memory.architecture import (
+    LINEARS,
+    Adapters,
+    Architecture,
+    Parameter,
+    architecture_of,
+    empty_model,
+    parameters_of,
+    read_config,
+    with_adapters,
+)
+from pyeff.memory.rates import GPUS, Rates, estimated_rates
+from pyeff.memory.states import MASTERS, OPTIMIZERS, Master, Optimizer, state_bytes, step_traffic
+from pyeff.memory.tape import Moment, Simulation, simulate
+from pyeff.memory.transformer import Checkpointing, Head, Work, record_step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+DType = Literal["float32", "bfloat16"]
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+# The workspace that the GPU's matrix library takes from torch's allocator (on Hopper; less before).
+_LIBRARY_BYTES = {"cuda": 32 * 2**20, "cpu": 0}
+_NO_MORE = 2**24  # rows or tokens beyond which nobody asks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a step is taken; everything an option may change."""
+
+    seq_len: int
+    batch: int = 1
+    accumulation: int = 1
+    dtype: DType = "bfloat16"
+    optimizer: Optimizer = "adamw"
+    master: Master = "none"
+    checkpointing: Checkpointing = "none"
+    head: Head = "logits"
+    packed: bool = False
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    head_tokens: int | None = None
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch", "accumulation"):
+            _positive(name, getattr(self, name))
+        if isinstance(self.lora_rank, bool) or not isinstance(self.lora_rank, int) or self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be a whole number and not negative, got {self.lora_rank!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.head_tokens is not None and not 0 <= self.head_tokens <= self.batch * self.seq_len:
+            raise ValueError(f"head_tokens must be between 0 and batch * seq_len, got {self.head_tokens!r}")
+        choices: tuple[tuple[str, Sequence[str]], ...] = (
+            ("dtype", get_args(DType)),
+            ("optimizer", OPTIMIZERS),
+            ("master", MASTERS),
+            ("checkpointing", get_args(Checkpointing)),
+            ("head", get_args(Head)),
+            ("device", ("cuda", "cpu")),
+        )
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.packed and self.batch != 1:
+            raise ValueError(f"batch must be 1 for packed samples (seq_len counts their tokens), got {self.batch}")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return _ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The fullest moment of one phase, in bytes."""
+
+    name: str
+    parameters: int
+    states: int
+    gradients: int
+    activations: int
+    working: int
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.states + self.gradients + self.activations + self.working + self.other
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What belongs to one layer, in bytes; `activations` are those kept for the backward."""
+
+    name: str
+    parameters: int
+    states: int
+    gradients: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """The step with some settings changed: its peak, its predicted time for the same tokens, whether it fits."""
+
+    changes: Mapping[str, Any]
+    peak: int
+    seconds: float | None
+    fits: bool | None
+
+    @property
+    def name(self) -> str:
+        """The changes in words."""
+        return ", ".join(f"{key} {value}" for key, value in self.changes.items()) or "as asked"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's memory; see `plan`.
+
+    `phases` are in the order of a step and `peak` is the fullest; `saved` are all tensors kept for the backward (layer,
+    name, bytes), empty where the step was traced (`method`: "account" or "trace"); `options` are ranked: what fits
+    first, by predicted time. `seconds` and times of options are estimates unless `rates` were measured or given.
+    """
+
+    model: str
+    method: Literal["account", "trace"]
+    settings: Settings
+    layers: tuple[Layer, ...]
+    phases: tuple[Phase, ...]
+    saved: tuple[tuple[str, str, int], ...]
+    device_memory: int | None
+    rates: Rates | None
+    flops: int
+    seconds: float | None
+    largest_batch: int | None
+    largest_seq_len: int | None
+    options: tuple[Option, ...]
+
+    @property
+    def peak(self) -> Phase:
+        """The fullest moment."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the device's memory; None where no size was given."""
+        return None if self.device_memory is None else self.peak.total <= self.device_memory
+
+    @cached_property
+    def best_change(self) -> Option | None:
+        """The single change that buys most: the fastest that makes the step fit, or else what frees most memory."""
+        single = [option for option in self.options if len(option.changes) == 1 and option.peak < self.peak.total]
+        if not single:
+            return None
+        fitting = [option for option in single if option.fits]
+        if self.fits is False and fitting:
+            return min(fitting, key=lambda option: (option.seconds or 0.0, option.peak))
+        return min(single, key=lambda option: option.peak)
+
+    @property
+    def sentence(self) -> str:
+        """What to know first, in one or two sentences."""
+        peak = self.peak
+        text = f"The step needs {size_text(peak.total)} at its fullest, in the {peak.name}"
+        if self.device_memory is not None:
+            relation = "which fits" if self.fits else "which does not fit"
+            text += f", {relation} into {size_text(self.device_memory)}"
+        change = self.best_change
+        if change is not None:
+            cost = ""
+            if self.seconds and change.seconds:
+                cost = f" at {change.seconds / self.seconds:.2f} x the predicted time"
+            text += f". The single change that buys most: {change.name} ({size_text(change.peak)}{cost})"
+        fitting = [option for option in self.options if option.fits]
+        if self.fits is False and not (change and change.fits):
+            text += (
+                f". Nothing alone makes it fit; the fastest that does: {fitting[0].name}"
+                if fitting
+                else (
+                    f". Nothing the planner knows makes it fit; the nearest needs "
+                    f"{size_text(min(self.options, key=lambda option: option.peak).peak)}"
+                )
+            )
+        return text + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "model": self.model,
+            "method": self.method,
+            "settings": dataclasses.asdict(self.settings),
+            "peak": {**dataclasses.asdict(self.peak), "total": self.peak.total},
+            "fits": self.fits,
+            "device_memory": self.device_memory,
+            "phases": [{**dataclasses.asdict(phase), "total": phase.total} for phase in self.phases],
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "saved": [{"layer": layer, "name": name, "bytes": nbytes} for layer, name, nbytes in self.saved],
+            "rates": None if self.rates is None else dataclasses.asdict(self.rates),
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "largest_batch": self.largest_batch,
+            "largest_seq_len": self.largest_seq_len,
+            "options": [
+                {"changes": dict(o.changes), "peak": o.peak, "seconds": o.seconds, "fits": o.fits} for o in self.options
+            ],
+            "best_change": None if self.best_change is None else dict(self.best_change.changes),
+            "sentence": self.sentence,
+        }
+
+
+def plan(
+    model: nn.Module | Any | str | Path,
+    *,
+    seq_len: int,
+    batch: int = 1,
+    accumulation: int = 1,
+    packed: bool = False,
+    dtype: DType | None = None,
+    optimizer: Optimizer = "adamw",
+    master: Master = "none",
+    checkpointing: Checkpointing = "none",
+    head: Head = "logits",
+    head_tokens: int | None = None,
+    lora_rank: int = 0,
+    lora_targets: Iterable[str] = ("q_proj", "v_proj"),
+    lora_dropout: float = 0.0,
+    device: str = "cuda",
+    device_memory: int | str | None = None,
+    rates: Rates | str | None = None,
+    other_bytes: int = 0,
+    inputs: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Say what one training step of a model keeps in memory, when most is needed, and what would make it fit.
+
+    M(t) = M_theta + M_O + M_G(t) + M_A(t) + working memory, at the fullest moment of the forward, the head's backward,
+    the layers' backward and the optimizer's step; states are there from the second step on. For Llama-like models
+    and GPT-2 the activations are an account of every tensor that PyTorch saves (see docs/memory.md); for any other
+    model the step is traced on fake tensors. Nothing is allocated and no weights are read.
+
+    Args:
+        model: a transformers configuration, its directory or name, or a module (on any device, meta included).
+        seq_len, batch: tokens of a row and rows of one forward; with `packed`, one row of `seq_len` tokens that a
+            dense mask cuts into samples.
+        accumulation: forwards whose gradients are summed before a step.
+        dtype: of weights and activations; by default the module's own, or bfloat16.
+        optimizer, master: see `pyeff.memory.states`; "adamw" is torch's.
+        checkpointing: "none"; "layer", torch.utils.checkpoint around each decoder layer; "attention", the same that
+            keeps attention's output and log-sum-exps instead of computing them again.
+        head: "logits" as transformers' loss, "fused" without logits in memory. head_tokens: positions with a loss.
+        lora_rank, lora_targets, lora_dropout: train adapters of modules with these names; 0 trains everything.
+        device: "cuda" or "cpu": their attention kernels and masks of dropout differ.
+        device_memory: bytes, or text like "24GB" or "80GiB".
+        rates: how fast the device is, or the name of a GPU for an estimate; without it options rank by FLOPs.
+        other_bytes: what the caller holds besides, such as averaged weights.
+        inputs: keyword arguments of a module that is no causal language model, as tensors on any device.
+
+    Raises ValueError for sizes and choices that cannot be, `UserError` for a model that cannot be read.
+
+    Cost: 10 to 100 ms an option, about a hundred options and sizes looked at; nothing on the device.
+
+    >>> from transformers import LlamaConfig
+    >>> config = LlamaConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8)
+    >>> found = plan(config, seq_len=1024, batch=4, device_memory="2GB")
+    >>> found.fits, found.peak.name
+    (False, 'head backward')
+    >>> found.best_change.name
+    'head fused'
+    """
+    bytes_given = parse_size(device_memory) if device_memory is not None else None
+    source = _Source(model, dtype, inputs)
+    targets = tuple(lora_targets) if lora_rank else ()
+    settings = Settings(
+        seq_len=seq_len,
+        batch=batch,
+        accumulation=accumulation,
+        dtype=source.dtype,
+        optimizer=optimizer,
+        master=master,
+        checkpointing=checkpointing,
+        head=head,
+        packed=packed,
+        lora_rank=lora_rank,
+        lora_targets=targets,
+        lora_dropout=lora_dropout,
+        head_tokens=head_tokens,
+        device=device,
+    )
+    if isinstance(rates, str):
+        rates = estimated_rates(rates, itemsize=settings.itemsize)
+    if bytes_given is None and rates is not None:
+        bytes_given = rates.memory
+    planner = Planner(source, other_bytes=other_bytes, rates=rates, device_memory=bytes_given)
+    return planner.plan(settings)
+
+
+def parse_size(value: int | str) -> int:
+    """Bytes of a number or of text like "24GB" (10^9) or "24GiB" (2^30).
+
+    Raises ValueError for what is no positive size.
+
+    >>> parse_size("20GB"), parse_size("1.5 GiB"), parse_size(100)
+    (20000000000, 1610612736, 100)
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        size = 0
+    if size <= 0 or isinstance(value, bool):
+        raise ValueError(f'memory must be a positive size such as "24GB" or "80GiB", got {value!r}')
+    return size
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in the unit that reads best.
+
+    >>> size_text(1_234_000_000), size_text(512)
+    ('1.23 GB', '512 B')
+    """
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(nbytes) >= factor:
+            return f"{nbytes / factor:.3g} {unit}" if abs(nbytes) < 999.5 * factor else f"{nbytes / factor:.0f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+class _Source:
+    """The model as given: its parameters for any settings, and how its activations are found."""
+
+    def __init__(self, model: Any, dtype: DType | None, inputs: Mapping[str, Any] | None = None) -> None:
+        from pathlib import Path
+
+        self.inputs = inputs
+        self.module: Any = None
+        if isinstance(model, (str, Path)):
+            model = read_config(model)
+        if hasattr(model, "named_parameters"):
+            self.module = model
+            self.config = getattr(model, "config", None)
+            self.name = type(model).__name__
+        elif hasattr(model, "model_type"):
+            self.config = model
+            self.name = str(model.model_type)
+        else:
+            raise TypeError(
+                f"model must be a module, a transformers configuration or its directory, got {type(model).__name__}"
+            )
+        self.dtype: DType = dtype or self._own_dtype()
+        self._empty: dict[str, Any] = {}
+        plain = self.module is None or not any(".lora_" in name for name, _ in self.module.named_parameters())
+        frozen = self.module is not None and not all(p.requires_grad for p in self.module.parameters())
+        # The account knows models that are trained whole, or by adapters that it places itself.
+        known = plain and not frozen and inputs is None and hasattr(self.config, "model_type")
+        self.architecture: Architecture | None = architecture_of(self.config) if known else None
+
+    def _own_dtype(self) -> DType:
+        import torch
+
+        found = next((p.dtype for p in self.module.parameters()), None) if self.module is not None else torch.bfloat16
+        return "float32" if found is torch.float32 else "bfloat16"
+
+    def empty(self, dtype: str) -> Any:
+        """The model with this type's shapes; a module given is used as it is."""
+        import torch
+
+        if self.module is not None:
+            return self.module
+        if dtype not in self._empty:
+            self._empty[dtype] = empty_model(self.config, getattr(torch, dtype))
+        return self._empty[dtype]
+
+    def parameters(self, settings: Settings) -> list[Parameter]:
+        found = [dataclasses.replace(p, itemsize=settings.itemsize) for p in parameters_of(self.empty(self.dtype))]
+        adapters = self.adapters(settings)
+        return found if adapters is None else with_adapters(self.empty(self.dtype), found, adapters)
+
+    def buffer_bytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.empty(self.dtype).buffers())
+
+    def adapters(self, settings: Settings) -> Adapters | None:
+        if not settings.lora_rank:
+            return None
+        names = set(settings.lora_targets)
+        if names == {"all-linear"}:
+            present = {name.rsplit(".", 1)[-1] for name, _ in self.empty(self.dtype).named_modules()}
+            names = present & {*LINEARS, "c_proj"}
+        # peft makes adapters in fp32 whatever the model is in.
+        return Adapters(settings.lora_rank, frozenset(names), settings.lora_dropout, itemsize=4)
+
+
+class Planner:
+    """Plans for one model, one device and many settings; `plan` makes one."""
+
+    def __init__(
+        self, source: _Source, *, other_bytes: int = 0, rates: Rates | None = None, device_memory: int | None = None
+    ) -> None:
+        self.source, self.rates, self.device_memory = source, rates, device_memory
+        self.other = other_bytes
+        self._simulations: dict[Settings, Simulation] = {}
+        self._parameters: dict[tuple[Any, ...], list[Parameter]] = {}
+        self._traces: dict[Settings, Any] = {}
+
+    def parameters(self, settings: Settings) -> list[Parameter]:
+        """Every parameter under these settings."""
+        key = (settings.dtype, settings.lora_rank, settings.lora_targets)
+        if key not in self._parameters:
+            self._parameters[key] = self.source.parameters(settings)
+        return self._parameters[key]
+
+    def phases(self, settings: Settings) -> tuple[Phase, ...]:
+        """The fullest moments of a step."""
+        parameters = self.parameters(settings)
+        theta = sum(p.nbytes for p in parameters) + self.source.buffer_bytes()
+        states = sum(state_bytes(p, settings.optimizer, settings.master) for p in parameters)
+        gradients = sum(p.nbytes for p in parameters if p.trained)
+        other = self.other + _LIBRARY_BYTES[settings.device]
+
+        def phase(moment: Moment) -> Phase:
+            return Phase(moment.phase, theta, states, moment.gradients, moment.activations, moment.working, other)
+
+        step = Phase("optimizer step", theta, states, gradients, 0, 0, other)
+        return (*(phase(moment) for moment in self._moments(settings)), step)
+
+    def _moments(self, settings: Settings) -> tuple[Moment, ...]:
+        if self.source.architecture is not None:
+            found = self._simulate(settings)
+            return (found.forward_end, *found.phases)
+        traced = self._trace(settings)
+        held = traced.gradients if settings.accumulation > 1 else 0
+        # A trace sees one sum: gradients made so far are among what is live in the backward.
+        return (
+            Moment("forward end", traced.forward_end, held, 0),
+            Moment(traced.phase, traced.peak, held, 0),
+        )
+
+    def _simulate(self, settings: Settings) -> Simulation:
+        key = dataclasses.replace(settings, optimizer="adamw", master="none")
+        if key not in self._simulations:
+            assert self.source.architecture is not None
+            adapters = self.source.adapters(settings)
+            tape = record_step(
+                self.source.architecture,
+                Work(settings.batch, settings.seq_len, settings.packed, settings.head_tokens),
+                itemsize=settings.itemsize,
+                device=settings.device,
+                trained=adapters is None,
+                adapters=adapters,
+                checkpointing=settings.checkpointing,
+                head=settings.head,
+                # peft and transformers do so together whenever layers are checkpointed.
+                input_gradients=adapters is not None and settings.checkpointing != "none",
+            )
+            self._simulations[key] = simulate(tape, gradients_held=settings.accumulation > 1)
+        return self._simulations[key]
+
+    def _trace(self, settings: Settings) -> Any:
+        key = dataclasses.replace(settings, optimizer="adamw", master="none", accumulation=1)
+        if key not in self._traces:
+            self._traces[key] = trace_model(self.source, settings)
+        return self._traces[key]
+
+    def peak(self, settings: Settings) -> int:
+        """Bytes at the fullest moment."""
+        return max(phase.total for phase in self.phases(settings))
+
+    def flops(self, settings: Settings) -> int:
+        """FLOPs of a step, all its micro-batches and everything computed again."""
+        architecture = self.source.architecture
+        if architecture is None:
+            return int(self._trace(settings).flops) * settings.accumulation
+        shape = architecture.shape
+        adapters = self.source.adapters(settings)
+        linears = {linear for name in (adapters.modules if adapters else ()) for linear in LINEARS.get(name, ("o",))}
+        cost = shape.train_cost(
+            trainable="full" if adapters is None else "lora",
+            lora_rank=0 if adapters is None else adapters.rank,
+            lora_targets=linears & set(shape.linears),
+            input_requires_grad=adapters is not None and settings.checkpointing != "none",
+            checkpointing=settings.checkpointing != "none",
+            early_stop=settings.lora_dropout == 0,
+        )
+        tokens, rows = settings.seq_len, settings.batch
+        # Causal kernels skip what lies above the diagonal; a dense mask is multiplied out.
+        pairs = tokens * tokens if settings.packed else rows * tokens * (tokens + 1) // 2
+        total = cost(rows * tokens, pairs, rows * tokens if settings.head_tokens is None else settings.head_tokens)
+        if settings.checkpointing == "attention":
+            total -= shape.forward(0, attention_pairs=pairs, head_tokens=0)
+        return total * settings.accumulation
+
+    def seconds(self, settings: Settings) -> float | None:
+        """Predicted time of a step: its products, each micro-batch's reading of the weights, the optimizer's bytes."""
+        if self.rates is None:
+            return None
+        parameters = self.parameters(settings)
+        passes = 4 if settings.checkpointing != "none" else 3
+        weights = settings.accumulation * passes * sum(p.nbytes for p in parameters)
+        moved = weights + step_traffic(parameters, settings.optimizer, settings.master)
+        return self.flops(settings) / self.rates.flops + moved / self.rates.bandwidth
+
+    def fits(self, settings: Settings) -> bool | None:
+        """Whether the peak is within the device's memory."""
+        return None if self.device_memory is None else self.peak(settings) <= self.device_memory
+
+    def options(self, settings: Settings) -> list[Option]:
+        """Other ways to take the same step, ranked: what fits first, then by time (or FLOPs), then by peak."""
+        known = self.source.architecture is not None
+        values: dict[str, list[Any]] = {
+            "checkpointing": ["none", "layer", "attention"] if known else ["none", "layer"],
+            "head": ["logits", "fused"] if known else [settings.head],
+        }
+        if not known and not hasattr(
+            self.source.module or self.source.empty(self.source.dtype), "supports_gradient_checkpointing"
+        ):
+            values["checkpointing"] = [settings.checkpointing]
+        if settings.optimizer == "adamw":
+            values["optimizer"] = ["adamw", "adamw8bit"]
+        if settings.dtype == "float32" and known:
+            values["dtype"] = ["float32", "bfloat16"]
+        if not settings.packed and self.source.inputs is None:
+            values["batch"] = _halves(settings.batch)
+        found = []
+        for combination in itertools.product(*values.values()):
+            changes = {
+                name: value for name, value in zip(values, combination, strict=True) if value != getattr(settings, name)
+            }
+            if len(changes) > 3:
+                continue
+            changed = self._change(settings, changes)
+            found.append((changed, Option(changes, self.peak(changed), self.seconds(changed), self.fits(changed))))
+
+        def rank(item: tuple[Settings, Option]) -> tuple[Any, ...]:
+            changed, option = item
+            time = self.flops(changed) if option.seconds is None else option.seconds
+            return (option.fits is False, time if option.fits is not False else option.peak, option.peak)
+
+        return [option for _, option in sorted(found, key=rank)]
+
+    def _change(self, settings: Settings, changes: Mapping[str, Any]) -> Settings:
+        more: dict[str, Any] = dict(changes)
+        if "batch" in changes:  # the same tokens a step
+            more["accumulation"] = settings.accumulation * settings.batch // changes["batch"]
+            if settings.head_tokens is not None:
+                more["head_tokens"] = -(-settings.head_tokens * changes["batch"] // settings.batch)
+        return dataclasses.replace(settings, **more)
+
+    def largest(self, settings: Settings, name: Literal["batch", "seq_len"]) -> int | None:
+        """The largest value that fits; 0 where not even one does, None without a device size."""
+        if self.device_memory is None or self.source.inputs is not None:
+            return None
+        limit = _NO_MORE
+        if name == "seq_len" and self.source.architecture is not None:
+            limit = self.source.architecture.positions
+        if self.source.architecture is None:
+            return self._largest_traced(settings) if name == "batch" else None
+
+        def fits(value: int) -> bool:
+            change: dict[str, Any] = {name: value, "head_tokens": None}
+            return bool(self.fits(dataclasses.replace(settings, **change)))
+
+        return largest_that_fits(fits, limit)
+
+    def _largest_traced(self, settings: Settings) -> int:
+        # Every tensor is as large as the batch or does not depend on it: two traces give the line.
+        one, two = (self.peak(dataclasses.replace(settings, batch=rows)) for rows in (1, 2))
+        assert self.device_memory is not None
+        return max(0, int((self.device_memory - one) // max(1, two - one)) + 1) if one <= self.device_memory else 0
+
+    def plan(self, settings: Settings) -> Plan:
+        """The whole plan."""
+        parameters = self.parameters(settings)
+        account = self.source.architecture is not None
+        simulation = self._simulate(settings) if account else None
+        kept = simulation.by_layer() if simulation is not None else {}
+        names = list(dict.fromkeys([*(p.layer for p in parameters), *kept]))
+        layers = []
+        for name in sorted(names, key=_layer_order):
+            own = [p for p in parameters if p.layer == name]
+            layers.append(
+                Layer(
+                    name,
+                    sum(p.nbytes for p in own),
+                    sum(state_bytes(p, settings.optimizer, settings.master) for p in own),
+                    sum(p.nbytes for p in own if p.trained),
+                    kept.get(name, 0),
+                )
+            )
+        return Plan(
+            model=self.source.name,
+            method="account" if account else "trace",
+            settings=settings,
+            layers=tuple(layers),
+            phases=self.phases(settings),
+            saved=() if simulation is None else tuple((s.layer, s.name, s.nbytes) for s in simulation.saved),
+            device_memory=self.device_memory,
+            rates=self.rates,
+            flops=self.flops(settings),
+            seconds=self.seconds(settings),
+            largest_batch=None if settings.packed else self.largest(settings, "batch"),
+            largest_seq_len=self.largest(settings, "seq_len"),
+            options=tuple(self.options(settings)),
+        )
+
+
+def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` for which `fits(n)`, which must hold below it; 0 where it holds for none.
+
+    >>> largest_that_fits(lambda n: n * n < 50, 100)
+    7
+    """
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def trace_model(source: _Source, settings: Settings) -> Any:
+    """Trace a step of a model whose layers the planner does not know; see `pyeff.memory.trace`."""
+    import torch
+
+    from pyeff.memory.trace import trace_step
+
+    model = source.empty(settings.dtype)
+    if settings.head == "fused":
+        raise UserError(f"head fused cannot be planned for {source.name}: its layers are traced, logits and all")
+    if settings.lora_rank:
+        raise UserError(f"adapters cannot be placed by the planner in {source.name}: give the model with its adapters")
+    if settings.checkpointing == "attention":
+        raise UserError(f"checkpointing attention cannot be planned for {source.name}: its layers are traced")
+    if source.inputs is not None:
+        return trace_step(model, **source.inputs)
+    ids = torch.empty(settings.batch, settings.seq_len, dtype=torch.int64, device="meta")
+    arguments: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    was = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    wanted = settings.checkpointing == "layer"
+    training = model.training
+    try:
+        if wanted and not was:
+            _checkpoint_layers(model, True)
+        model.train()
+        return trace_step(model, **arguments)
+    except (TypeError, RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"a step of {source.name} cannot be traced: {first}") from error
+    finally:
+        model.train(training)
+        if wanted and not was:
+            _checkpoint_layers(model, False)
+
+
+def _checkpoint_layers(model: Any, on: bool) -> None:
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.2
+    if on:
+        options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{name}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+def _halves(count: int) -> list[int]:
+    found = [count]
+    while found[-1] % 2 == 0:
+        found.append(found[-1] // 2)
+    return found
+
+
+def _layer_order(name: str) -> tuple[int, int]:
+    if name.startswith("layer "):
+        return (1, int(name.removeprefix("layer ")))
+    return ({"embedding": 0, "head": 3}.get(name, 2), 0)
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+__all__ = ["GPUS", "Layer", "Option", "Phase", "Plan", "Planner", "Settings", "parse_size", "plan", "size_text"]

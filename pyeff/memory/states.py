@@ -1,0 +1,48 @@
+"""Bytes that an optimizer keeps for each parameter, and bytes that its step moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from pyeff.memory.architecture import Parameter
+
+Optimizer = Literal["adamw", "adamw8bit", "adam8bit", "lion8bit", "sgd8bit"]
+Master = Literal["none", "stochastic", "ecc8", "fp32"]
+
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+MASTERS: tuple[str, ...] = get_args(Master)
+
+BLOCK = 256
+_MOMENTS = {"adamw": 2, "adamw8bit": 2, "adam8bit": 2, "lion8bit": 1, "sgd8bit": 1}
+_FP32 = 4
+# What a 16-bit weight has beside it; a weight in fp32 needs none.
+_MASTER_BYTES = {"none": 0, "stochastic": 0, "ecc8": 1, "fp32": 4}
+
+
+def state_bytes(parameter: Parameter, optimizer: Optimizer, master: Master = "none") -> int:
+    """Optimizer states of one parameter of n elements.
+
+    "adamw" is `torch.optim.AdamW`: two moments in the parameter's type, in fp32 with `master="fp32"`, and a step count
+    of 4 bytes. The 8-bit ones hold one byte an element and moment, and a 4-byte scale for each 256 elements begun:
+    2 + 8 / 256 bytes an element for two moments, half of it for one. `master` adds 1 ("ecc8") or 4 ("fp32") bytes
+    an element of a 16-bit parameter.
+
+    >>> weight = Parameter("w", "layer 0", (1024, 1024), 2, True)
+    >>> state_bytes(weight, "adamw8bit") / weight.elements, state_bytes(weight, "lion8bit", "ecc8") / weight.elements
+    (2.03125, 2.015625)
+    """
+    if not parameter.trained:
+        return 0
+    extra = _MASTER_BYTES[master] * parameter.elements if parameter.itemsize < _FP32 else 0
+    moments = _MOMENTS[optimizer]
+    if optimizer == "adamw":
+        size = _FP32 if master == "fp32" else parameter.itemsize
+        return moments * size * parameter.elements + _FP32 + extra
+    blocks = -(-parameter.elements // BLOCK)
+    return moments * (parameter.elements + _FP32 * blocks) + extra
+
+
+def step_traffic(parameters: Iterable[Parameter], optimizer: Optimizer, master: Master = "none") -> int:
+    """Bytes that one step reads and writes: weights and states both ways, gradients once."""
+    return sum(2 * (p.nbytes + state_bytes(p, optimizer, master)) + p.nbytes for p in parameters if p.trained)
