@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,8 @@ def linear_cross_entropy_scores(
 
     `impl`: "auto" takes the first that can run of "triton" (GPU), "cpu" (C++ beside torch's matmul) and "reference"
     (plain torch); an explicit one runs or raises `RuntimeError` with the reason. Each gives the same bits in every run
-    on the same device. Not differentiable: this is the scoring pass, and nothing is saved for a backward.
+    on the same device. Not differentiable: this is the scoring pass, and nothing is saved for a backward. Under
+    `torch.compile` one operator of the graph.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit together. A target that is no class raises
     `ValueError` on the CPU; on a GPU finding it would stall the stream, and its row is NaN instead.
@@ -124,11 +126,8 @@ def linear_cross_entropy_scores(
     tensor([0.1250,    nan])
     """
     check_head(hidden, weight, targets, bias, softcap, ignore_index)
-    chosen = OPERATION.explain(
-        hidden, weight, targets, bias=bias, softcap=softcap, ignore_index=ignore_index, impl=impl
-    ).impl
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        scores = _OP(hidden, weight, targets, bias, softcap, ignore_index, chosen)
+        scores = _OP(hidden, weight, targets, bias, softcap, ignore_index, impl)
     return _token_scores(scores, targets != ignore_index)
 
 
@@ -160,8 +159,11 @@ def _run(
     ignore_index: int,
     impl: str,
 ) -> Tensor:
-    run = _implementation(impl)
-    return run(hidden, weight, targets, bias=bias, softcap=softcap, ignore_index=ignore_index)
+    # Here and not in the caller, which torch.compile traces: it could not read the targets.
+    _check_classes(targets, weight.shape[0], ignore_index)
+    options: dict[str, Any] = {"bias": bias, "softcap": softcap, "ignore_index": ignore_index}
+    run = _implementation(OPERATION.explain(hidden, weight, targets, **options, impl=impl).impl)
+    return run(hidden, weight, targets, **options)
 
 
 def _implementation(impl: str) -> Callable[..., Tensor]:
@@ -284,12 +286,15 @@ def check_head(
         raise ValueError(f"softcap must be a positive number within the range of float32 or None, got {softcap!r}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def _check_classes(targets: Tensor, classes: int, ignore_index: int) -> None:
     if targets.device.type == "cpu" and targets.numel():
-        wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
+        wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
         if wrong.any():
             where = int(wrong.nonzero()[0, 0])
             raise ValueError(
-                f"targets must be in [0, {weight.shape[0]}) or ignore_index ({ignore_index}), "
+                f"targets must be in [0, {classes}) or ignore_index ({ignore_index}), "
                 f"got {int(targets[where])} at position {where}"
             )
 

@@ -294,6 +294,20 @@ def test_autocast_and_gradients_leave_the_scores_alone() -> None:
     assert not inside.nll.requires_grad
 
 
+def test_compiles_as_one_graph() -> None:
+    def surprise(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        scores = pyeff.linear_cross_entropy_scores(hidden * 2, weight, targets, softcap=5.0)
+        return scores.nll + scores.entropy, scores.scored
+
+    compiled = torch.compile(surprise, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (6, 9):
+        hidden, weight, targets = torch.randn(tokens, 8), torch.randn(20, 8), torch.arange(tokens)
+        for found, expected in zip(compiled(hidden, weight, targets), surprise(hidden, weight, targets), strict=True):
+            assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="targets must be in"):
+        compiled(hidden, weight, targets + 12)
+
+
 def test_opcheck() -> None:
     hidden, weight, targets = problem(5, 8, 12)
     operator = torch.ops.pyeff.linear_cross_entropy_scores.default
