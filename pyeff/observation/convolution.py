@@ -19,6 +19,7 @@ from pyeff.observation.layers import (
     WORKSPACE_BYTES,
     cast_for_autocast,
     no_autocast,
+    sum_rows,
     weight_norms_sq,
 )
 from pyeff.observation.recording import Use
@@ -76,9 +77,7 @@ class ObservedConvolution(torch.autograd.Function):
                 grad_w = None if grad_w is None else grad_w.to(ctx.w_dtype)
             if ctx.needs_input_grad[2]:
                 sums = g.flatten(2).sum(2, dtype=torch.promote_types(g.dtype, torch.float32))
-                if ctx.b_use is not None and ctx.b_use.open:
-                    ctx.b_use.add_vectors(ctx.b_use.rows.sum_by_sample(sums))
-                grad_b = sums.sum(0).to(ctx.b_dtype)
+                grad_b = sum_rows(sums, ctx.b_use).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None
 
 

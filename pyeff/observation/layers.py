@@ -5,12 +5,13 @@ Each takes the place of one call of torch. The weight gradient is formed once, b
 with it; the gradient of the input is the one of the layer replaced.
 
 Memory beyond the plain layer: [S] per parameter to keep and, only while a layer runs backward, one of: the workspace of
-`pyeff.ops.linear_grad`; a row [S, n] for each vector of n entries; up to five fp32 copies of the input of a norm layer;
-for an embedding, WORKSPACE_BYTES of its sorted gradient.
+`pyeff.ops.linear_grad`; for a vector of n entries n fp32 numbers a sample and 64 of its rows; for an embedding 28 bytes
+a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyeff.observation.recording import Use
-from pyeff.ops import gram_norms, linear_grad
+from pyeff.ops import embedding_grad, gram_norms, linear_grad, norm_layer_grad, vector_grad
+from pyeff.ops.vector_grad import VectorGrad
 
 # Temporary tensors are cut into pieces of at most this size. Half a megabyte of fp32 per thousand rows of 128 columns
 # is already past the caches; larger pieces gain nothing.
@@ -92,7 +94,7 @@ class ObservedLinear(torch.autograd.Function):
                 else:
                     grad_w = (outputs.t() @ inputs).to(ctx.w_dtype)
             if ctx.needs_input_grad[2]:
-                grad_b = _sum_rows(rows_g, ctx.b_use).to(ctx.b_dtype)
+                grad_b = sum_rows(rows_g, ctx.b_use).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None
 
 
@@ -109,13 +111,13 @@ def weight_norms_sq(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, pairs
     return norms_sq
 
 
-def _sum_rows(rows: Tensor, use: Use | None) -> Tensor:
-    """The sum over all rows, once each sample's own is noted."""
+def sum_rows(rows: Tensor, use: Use | None, inputs: Tensor | None = None) -> Tensor:
+    """The sum over all rows [N, n], or over rows * inputs, once each sample's own is noted: [n], fp32 or wider."""
     if use is None or not use.open:
-        return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
-    by_sample = use.rows.sum_by_sample(rows)
-    use.add_vectors(by_sample)
-    return by_sample.sum(0)
+        return (rows if inputs is None else rows * inputs).sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    shared = use.shared
+    grad = vector_grad(rows, use.rows.borders, inputs=inputs, norms=not shared, sample_grads=shared)
+    return _noted(grad, use)
 
 
 class ObservedEmbedding(torch.autograd.Function):
@@ -136,38 +138,31 @@ class ObservedEmbedding(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         use: Use = ctx.use
-        if use.open:
-            rows = g.reshape(-1, g.shape[-1])
-            use.add_norms_sq(_embedding_norms_sq(rows, ids.reshape(-1), use, ctx.w_shape[0], ctx.padding_idx))
-            use.add_cross_term(rows, ctx.padding_idx)
-        grad = torch.ops.aten.embedding_dense_backward(g.contiguous(), ids, ctx.w_shape[0], ctx.padding_idx, False)
-        return grad.to(ctx.w_dtype), None, None, None, None
+        rows = g.reshape(-1, g.shape[-1])
+        wanted = use.forward.observation.gradient
+        grad_w = None
+        if wanted or use.open:
+            padding_idx = None if ctx.padding_idx < 0 else ctx.padding_idx
+            grad = embedding_grad(
+                ids.reshape(-1),
+                rows,
+                use.rows.borders,
+                ctx.w_shape[0],
+                padding_idx=padding_idx,
+                weight_grad=wanted,
+                norms=use.open,
+            )
+            grad_w = None if grad.weight_grad is None else grad.weight_grad.to(ctx.w_dtype)
+            if grad.norms_sq is not None:
+                use.add_norms_sq(grad.norms_sq)
+                use.add_cross_term(rows, ctx.padding_idx)
+        return grad_w, None, None, None, None
 
 
-def _embedding_norms_sq(g: Tensor, ids: Tensor, use: Use, entries: int, padding_idx: int) -> Tensor:
-    """sum over table rows v of |sum of g_t over the tokens t of the sample with id_t = v|^2, for each sample."""
-    tokens, width = g.shape
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    norms_sq = torch.zeros(use.rows.samples, dtype=dtype, device=g.device)
-    if tokens == 0:
-        return norms_sq
-    sample = use.rows.sample_of_row()
-    # Equal (sample, id) pairs become neighbours; the pairs are numbered in place of a count, which a GPU would have to
-    # hand back first.
-    keys, order = torch.sort(sample * entries + ids)
-    pair = torch.zeros_like(keys)
-    pair[1:] = (keys.diff() != 0).cumsum(0)
-    sample_of_pair = torch.zeros_like(keys).scatter_(0, pair, sample[order])
-    dropped = (ids[order] == padding_idx).unsqueeze(1) if padding_idx >= 0 else None
-    columns = max(1, WORKSPACE_BYTES // (2 * tokens * dtype.itemsize))
-    pair_norms_sq = torch.zeros(tokens, dtype=dtype, device=g.device)
-    for begin in range(0, width, columns):
-        piece = g[:, begin : begin + columns][order].to(dtype)
-        if dropped is not None:
-            piece.masked_fill_(dropped, 0.0)
-        sums = torch.zeros_like(piece).index_add_(0, pair, piece)
-        pair_norms_sq += sums.square().sum(1)
-    return norms_sq.index_add_(0, sample_of_pair, pair_norms_sq)
+def _of_one_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their types, which are two where one of them was promoted."""
+    dtype = torch.promote_types(x.dtype, g.dtype)
+    return x.to(dtype), g.to(dtype)
 
 
 class ObservedScale(torch.autograd.Function):
@@ -185,8 +180,9 @@ class ObservedScale(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         grad_x = (g * w).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        grad_w = _sum_rows((g * x).reshape(-1, w.numel()), ctx.use).view(w.shape).to(w.dtype)
-        return grad_x, grad_w, None
+        x, g = _of_one_dtype(x, g)
+        grad_w = sum_rows(g.reshape(-1, w.numel()), ctx.use, x.reshape(-1, w.numel()))
+        return grad_x, grad_w.view(w.shape).to(w.dtype), None
 
 
 class ObservedShift(torch.autograd.Function):
@@ -200,7 +196,7 @@ class ObservedShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        grad_w = _sum_rows(g.reshape(-1, ctx.w_shape.numel()), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
+        grad_w = sum_rows(g.reshape(-1, ctx.w_shape.numel()), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
         return g.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None, grad_w, None
 
 
@@ -218,7 +214,7 @@ class ObservedBroadcast(torch.autograd.Function):
         within = [dim for dim in range(1, g.ndim) if ctx.w_shape[dim] != g.shape[dim]]
         if within:
             g = g.sum(within, keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
-        grad_w = _sum_rows(g.reshape(g.shape[0], -1), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
+        grad_w = sum_rows(g.reshape(g.shape[0], -1), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
         return grad_w, None, None
 
 
@@ -249,30 +245,33 @@ class ObservedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        size = 1
-        for length in ctx.shape:
-            size *= length
-        dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
-        rows_x, rows_g = x.reshape(-1, size).to(dtype), g.reshape(-1, size).to(dtype)
-        with no_autocast(x):
-            if ctx.center:
-                centred = rows_x - rows_x.mean(1, keepdim=True)
-            else:
-                centred = rows_x
-            inverse = (centred.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
-            normed = centred * inverse
-            grad_x = grad_w = grad_b = None
-            if ctx.needs_input_grad[0]:
-                inner = rows_g if w is None else rows_g * w.reshape(1, -1)
-                grad = inner - normed * (inner * normed).mean(1, keepdim=True)
-                if ctx.center:
-                    grad -= inner.mean(1, keepdim=True)
-                grad_x = (grad * inverse).view(x.shape).to(x.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_w = _sum_rows(normed.mul_(rows_g), ctx.w_use).view(w.shape).to(w.dtype)
-            if ctx.needs_input_grad[2]:
-                grad_b = _sum_rows(rows_g, ctx.b_use).view(ctx.shape).to(ctx.b_dtype)
+        uses = [use for use in (ctx.w_use, ctx.b_use) if use is not None]
+        measured = [use for use in uses if use.open]
+        rows_x, rows_g = _of_one_dtype(x.reshape(-1, math.prod(ctx.shape)), g.reshape(-1, math.prod(ctx.shape)))
+        grad = norm_layer_grad(
+            rows_x,
+            rows_g,
+            uses[0].rows.borders,
+            eps=ctx.eps,
+            weight=w,
+            center=ctx.center,
+            input_grad=ctx.needs_input_grad[0],
+            weight_grad=ctx.needs_input_grad[1],
+            bias_grad=ctx.needs_input_grad[2],
+            norms=any(not use.shared for use in measured),
+            sample_grads=any(use.shared for use in measured),
+        )
+        grad_x = None if grad.input_grad is None else grad.input_grad.view(x.shape).to(x.dtype)
+        grad_w = None if grad.weight is None else _noted(grad.weight, ctx.w_use).view(w.shape).to(w.dtype)
+        grad_b = None if grad.bias is None else _noted(grad.bias, ctx.b_use).view(ctx.shape).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None, None
+
+
+def _noted(grad: VectorGrad, use: Use | None) -> Tensor:
+    """The gradient of a vector, once each sample's own is noted."""
+    if use is not None and use.open:
+        use.add_vector(grad)
+    return grad.grad
 
 
 class no_autocast:

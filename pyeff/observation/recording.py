@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyeff.observation.rows import Batch, Rows
+from pyeff.ops import VectorGrad
 
 if TYPE_CHECKING:
     from pyeff.observation.observer import GradientObservation
@@ -48,16 +49,23 @@ class Use:
         self._begin()
         self.forward.add(self.name, norms_sq * self.scale**2)
 
-    def add_vectors(self, gradients: Tensor) -> None:
-        """Note the per-sample gradients [S, n] of a vector."""
+    @property
+    def shared(self) -> bool:
+        """Whether the forward pass uses the parameter elsewhere too: gradients then add up before they are squared."""
+        return any(use is not self for use in self.forward.uses.get(self.name, ()))
+
+    def add_vector(self, grad: VectorGrad) -> None:
+        """Note the gradient of a vector: its `sample_grads` if the use is `shared`, else its `norms_sq`."""
+        shared = self.shared
         self._begin()
-        gradients = gradients * self.scale
-        if len(self.forward.uses[self.name]) == 1:
-            self.forward.add(self.name, gradients.square().sum(1))
-        else:
-            # The gradients of several uses add up before they are squared.
-            partial = self.forward.partials.get(self.name)
-            self.forward.partials[self.name] = gradients if partial is None else partial + gradients
+        if not shared:
+            assert grad.norms_sq is not None
+            self.forward.add(self.name, grad.norms_sq * self.scale**2)
+            return
+        assert grad.sample_grads is not None
+        gradients = grad.sample_grads * self.scale
+        partial = self.forward.partials.get(self.name)
+        self.forward.partials[self.name] = gradients if partial is None else partial + gradients
 
     def _begin(self) -> None:
         if self.done:

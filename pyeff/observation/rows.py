@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyeff.ops import vector_grad
 from pyeff.ops._packed import host_borders, remember_borders
 
 # In this order, the input whose first dimension counts the samples of a batch.
@@ -52,12 +53,9 @@ class Rows:
 
     def sum_by_sample(self, rows: Tensor) -> Tensor:
         """The sums [S, n] of each sample's rows [N, n], accumulated in fp32 or wider."""
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        if self.each is not None:
-            return rows.reshape(self.samples, self.each, rows.shape[1]).sum(1, dtype=dtype)
-        return torch.segment_reduce(
-            rows.to(dtype), "sum", offsets=self.borders.to(torch.int64), axis=0, initial=0, unsafe=True
-        )
+        sums = vector_grad(rows, self.borders, norms=False, sample_grads=True).sample_grads
+        assert sums is not None
+        return sums
 
     def sample_of_row(self) -> Tensor:
         """The sample [N] of each row, int64."""
