@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyeff.reference.adamw8bit_step import decode_exp_avg, decode_root, encode_exp_avg, encode_root
+from pyeff.reference.optimizer_step import decode_root, decode_signed, encode_root, encode_signed
 
 BLOCK = 256
 SPREADS = (0.0, 1.0, 2.0)
@@ -124,7 +124,7 @@ def bit_power(exponent: float) -> Callable[[Tensor], Tensor]:
 
 def shipped_exp_avg(r: Tensor) -> Tensor:
     """What pyeff stores of m."""
-    return decode_exp_avg(*encode_exp_avg(r))
+    return decode_signed(*encode_signed(r))
 
 
 def shipped_root(r: Tensor) -> Tensor:

@@ -16,11 +16,11 @@
 
 namespace py = pybind11;
 
-void bind_adamw8bit(py::module_& m);
 void bind_embedding_grad(py::module_& m);
 void bind_linear_cross_entropy_grad(py::module_& m);
 void bind_linear_cross_entropy_scores(py::module_& m);
 void bind_linear_grad(py::module_& m);
+void bind_optimizer_step(py::module_& m);
 void bind_vector_grad(py::module_& m);
 
 namespace {
@@ -55,11 +55,11 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of pyeff; called through pyeff.ops.";
     m.def("build_info", &build_info);
-    bind_adamw8bit(m);
     bind_embedding_grad(m);
     bind_linear_cross_entropy_grad(m);
     bind_linear_cross_entropy_scores(m);
     bind_linear_grad(m);
+    bind_optimizer_step(m);
     bind_vector_grad(m);
 #ifdef PYEFF_CUDA
     // None when a kernel of this build can run on the current device, else the reason.

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from pyeff.ops.linear_cross_entropy_grad import HeadGrad, linear_cross_entropy_grad
     from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
-    from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
     from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
+    from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
     from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
 __version__ = "0.1.0"

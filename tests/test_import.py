@@ -37,7 +37,7 @@ def test_import_takes_less_than_50_ms_beyond_torch() -> None:
 import time, torch
 start = time.perf_counter()
 import pyeff
-pyeff.linear_cross_entropy_scores, pyeff.adamw8bit_step
+pyeff.linear_cross_entropy_scores, pyeff.optimizer_step
 print(time.perf_counter() - start)
 """
     # The fastest of three: the file cache is cold at the first, and the machine may be busy at any.
@@ -51,7 +51,7 @@ def test_operations_import_without_triton_and_touch_no_cuda() -> None:
         + """
 import torch
 import pyeff, pyeff.ops, pyeff.optim
-pyeff.linear_cross_entropy_scores, pyeff.adamw8bit_step, pyeff.observe, pyeff.info, pyeff.explain
+pyeff.linear_cross_entropy_scores, pyeff.optimizer_step, pyeff.observe, pyeff.info, pyeff.explain
 loaded = [name for name in sys.modules if name.split('.')[0] in BLOCKED]
 assert not loaded, loaded
 assert not torch.cuda.is_initialized()

@@ -57,6 +57,24 @@ PYEFF_LANE float divide(float a, float b) {
 #endif
 }
 
+PYEFF_LANE double sqrt_of(double x) {
+#ifdef __CUDA_ARCH__
+    return __dsqrt_rn(x);
+#else
+    return __builtin_sqrt(x);
+#endif
+}
+
+// sqrt(x) and 1 / (sqrt(x) + eps).
+PYEFF_LANE void root_and_inverse(float x, float eps, float& root, float& inverse) {
+    root = sqrt_of(x);
+#ifdef __CUDA_ARCH__
+    inverse = __frcp_rn(root + eps);
+#else
+    inverse = 1.0f / (root + eps);
+#endif
+}
+
 PYEFF_LANE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 PYEFF_LANE uint32_t select(bool condition, uint32_t yes, uint32_t no) { return condition ? yes : no; }
 

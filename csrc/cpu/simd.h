@@ -14,6 +14,7 @@
 #ifdef __GNUC__
 // GCC before 13 takes the undefined operand inside its own AVX-512 intrinsics for a bug of their callers.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif
@@ -32,6 +33,7 @@ using pyeff::float_of_bits;
 using pyeff::float_of_uint;
 using pyeff::max_of;
 using pyeff::min_of;
+using pyeff::root_and_inverse;
 using pyeff::select;
 using pyeff::sqrt_of;
 
@@ -321,6 +323,12 @@ PYEFF_LANE void store_bf16(uint16_t* p, F16 x) {  // the sixteen-lane twin of bf
     const U16 rounded = (u + splat(0x7fffu) + ((u >> 16) & splat(1u))) >> 16;
     const M16 is_nan = (u & splat(0x7fffffffu)) > splat(0x7f800000u);
     store_u16(p, select(is_nan, (u >> 16) | splat(0x40u), rounded));
+}
+
+// sqrt(x) and 1 / (sqrt(x) + eps).
+PYEFF_LANE void root_and_inverse(F16 x, F16 eps, F16& root, F16& inverse) {
+    root = sqrt_of(x);
+    inverse = divide(splat(1.0f), root + eps);
 }
 
 // The first n lanes from memory, `fill` in the rest.

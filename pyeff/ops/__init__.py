@@ -22,10 +22,10 @@ from pyeff.ops.linear_cross_entropy_scores import OPERATION as _LINEAR_CROSS_ENT
 from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
 from pyeff.ops.linear_grad import OPERATION as _LINEAR_GRAD
 from pyeff.ops.linear_grad import LinearGrad, linear_grad
-from pyeff.ops.optimizer_step import OPERATION as _OPTIMIZER_STEP
-from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
 from pyeff.ops.norm_layer_grad import OPERATION as _NORM_LAYER_GRAD
 from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
+from pyeff.ops.optimizer_step import OPERATION as _OPTIMIZER_STEP
+from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
 from pyeff.ops.vector_grad import OPERATION as _VECTOR_GRAD
 from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
@@ -61,7 +61,7 @@ __all__ = [
     "linear_cross_entropy_grad",
     "linear_cross_entropy_scores",
     "linear_grad",
-    "optimizer_step",
     "norm_layer_grad",
+    "optimizer_step",
     "vector_grad",
 ]

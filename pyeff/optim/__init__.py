@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from pyeff.optim.adamw8bit import AdamW8bit
+from pyeff.optim.engine import Optimizer8bit
+from pyeff.optim.optimizers import Adam8bit, AdamW8bit, Lion8bit, SGD8bit
 
-__all__ = ["AdamW8bit"]
+__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "Optimizer8bit", "SGD8bit"]

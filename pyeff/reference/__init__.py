@@ -8,8 +8,8 @@ from pyeff.reference.gram_norms import gram_norms
 from pyeff.reference.linear_cross_entropy_grad import linear_cross_entropy_grad
 from pyeff.reference.linear_cross_entropy_scores import linear_cross_entropy_scores
 from pyeff.reference.linear_grad import linear_grad
-from pyeff.reference.optimizer_step import global_norm, optimizer_step
 from pyeff.reference.norm_layer_grad import norm_layer_grad
+from pyeff.reference.optimizer_step import global_norm, optimizer_step
 from pyeff.reference.vector_grad import vector_grad
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "linear_cross_entropy_grad",
     "linear_cross_entropy_scores",
     "linear_grad",
-    "optimizer_step",
     "norm_layer_grad",
+    "optimizer_step",
     "vector_grad",
 ]
