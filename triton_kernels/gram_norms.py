@@ -17,15 +17,18 @@ Gram matrices accumulate in float32. In 16 bits the norm of a sample whose token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import capability_of, on_device_of, sent_to
+from .common import on_device_of, sent_to
 
 SUM_BLOCK = 1024
+# FLOP/s of tiles of 64 tokens by those of tiles of 128, whose operands each serve twice as many products: an estimate.
+NARROW_RATE = 0.75
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,17 @@ class Config:
     num_stages: int
 
 
-def pick_config(dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet."""
+def pick_config(dtype: torch.dtype, capability: tuple[int, int], block_pairs: Callable[[int], int]) -> Config:
+    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet.
+
+    `block_pairs(bt)` is how many pairs of blocks of bt tokens the samples have.
+    """
     if dtype == torch.float32:
         # Exact float32 products run on the plain cores and keep operands in registers; four warps spill on sm_80.
         return Config(64, 32, 8, 3)
+    if block_pairs(64) * 64**2 < NARROW_RATE * block_pairs(128) * 128**2:
+        # Samples that would leave much of the wide tiles empty: 96 registers, three programs to a processor of sm_90.
+        return Config(64, 64 if capability[0] in (9, 10) else 32, 4, 4)
     # Two accumulators: 134 to 223 registers on eight warps; four spill 512 bytes and more.
     if capability[0] in (9, 10):
         # Four stages take 128 KB of shared memory, which a lone program has.
@@ -158,42 +167,40 @@ def offset_type(config: Config, inputs: torch.Tensor, grads: torch.Tensor) -> tl
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Where samples begin and which pairs of blocks are theirs, on the device."""
+class Plan:
+    """Launch choices for some samples, where these begin and which pairs of blocks are theirs, on the device."""
 
+    config: Config
     borders: torch.Tensor  # [S+1], int64
     first_pairs: torch.Tensor  # [S+1], int64
-    count: int
+    pairs: int
 
 
-def pairs_of(cu_seqlens: torch.Tensor, config: Config, device: torch.device) -> Pairs:
-    """The pairs of blocks of the samples between `cu_seqlens` [S+1], int64 on the CPU."""
+def plan_of(cu_seqlens: torch.Tensor, config: Config, device: torch.device) -> Plan:
+    """The plan for the samples between `cu_seqlens` [S+1], int64 on the CPU."""
     blocks = (cu_seqlens.diff() + config.bt - 1) // config.bt
     first_pairs = torch.nn.functional.pad((blocks * (blocks + 1) // 2).cumsum(0), (1, 0))  # [S+1]
     # One copy for both lists.
-    return Pairs(*sent_to(device, torch.stack([cu_seqlens, first_pairs])), int(first_pairs[-1]))
+    return Plan(config, *sent_to(device, torch.stack([cu_seqlens, first_pairs])), int(first_pairs[-1]))
 
 
-def config_of(inputs: torch.Tensor) -> Config:
-    return pick_config(inputs.dtype, capability_of(inputs))
-
-
-def gram_norms(inputs: torch.Tensor, grad_outputs: torch.Tensor, pairs: Pairs, *, config: Config) -> torch.Tensor:
-    """norms_sq [S] in float32 of `inputs` [N, D] and `grad_outputs` [N, P] in one dtype, by the pairs of `config`.
+def gram_norms(inputs: torch.Tensor, grad_outputs: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """norms_sq [S] in float32 of `inputs` [N, D] and `grad_outputs` [N, P] in one dtype.
 
     float32 products are exact unless torch.backends.cuda.matmul.allow_tf32. Beside the result: 4 bytes for each pair of
-    blocks, T^2 / 8192 bytes for a sample of T tokens.
+    blocks, T^2 / 8192 bytes for a sample of T tokens, or four times that in tiles of 64 tokens.
     """
-    samples, device = pairs.borders.numel() - 1, inputs.device
+    config = plan.config
+    samples, device = plan.borders.numel() - 1, inputs.device
     norms_sq = torch.empty(samples, dtype=torch.float32, device=device)
-    partials = torch.empty(pairs.count, dtype=torch.float32, device=device)
+    partials = torch.empty(plan.pairs, dtype=torch.float32, device=device)
     with on_device_of(inputs):
-        if pairs.count:
-            multiply_grams[(pairs.count,)](
+        if plan.pairs:
+            multiply_grams[(plan.pairs,)](
                 inputs,
                 grad_outputs,
-                pairs.borders,
-                pairs.first_pairs,
+                plan.borders,
+                plan.first_pairs,
                 partials,
                 samples,
                 inputs.shape[1],
@@ -210,5 +217,5 @@ def gram_norms(inputs: torch.Tensor, grad_outputs: torch.Tensor, pairs: Pairs, *
                 num_stages=config.num_stages,
             )
         if samples:
-            sum_pairs[(samples,)](partials, pairs.first_pairs, norms_sq, BLOCK=SUM_BLOCK)
+            sum_pairs[(samples,)](partials, plan.first_pairs, norms_sq, BLOCK=SUM_BLOCK)
     return norms_sq

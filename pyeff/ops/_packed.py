@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -30,10 +30,14 @@ class Samples:
     def rising(self) -> bool:
         return self.cuts == sorted(self.cuts)  # linear in what is sorted already
 
-    @cached_property
-    def squares(self) -> int:
-        """The sum of the samples' squared lengths."""
-        return sum((end - start) ** 2 for start, end in pairwise(self.cuts))
+    def block_pairs(self, block: int) -> int:
+        """How many pairs i <= j of blocks of so many tokens the samples have."""
+        return self.made(("pairs", block), lambda: sum(self._pairs(block)))
+
+    def _pairs(self, block: int) -> Iterator[int]:
+        for start, end in pairwise(self.cuts):
+            blocks = -(-(end - start) // block)
+            yield blocks * (blocks + 1) // 2
 
     def made(self, key: object, make: Callable[[], Any]) -> Any:
         """What `make` returned at the first call with this `key`."""

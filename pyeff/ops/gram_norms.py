@@ -24,7 +24,8 @@ def gram_norms(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, impl
         norms_sq = || sum_t g_t a_t^T ||_F^2 = sum_{t, u} (a_t . a_u) (g_t . g_u)     over the tokens of each sample
 
     For scoring passes, which need no weight gradient. Neither the gradient nor a Gram matrix is stored: beside inputs
-    and outputs at most 32 MiB of memory are used on the CPU, and T^2 / 8192 bytes for a sample of T tokens on a GPU.
+    and outputs at most 32 MiB of memory are used on the CPU, and on a GPU T^2 / 8192 bytes for a sample of T tokens, or
+    T^2 / 2048 where samples are short.
 
     Shapes and dtypes: `inputs` [N, d] and `grad_outputs` [N, p] of one dtype among float16, bfloat16, float32 and
     float64, of any strides; `cu_seqlens` [S+1], int32 or int64 on any device, the samples' borders in the token axis,
@@ -85,14 +86,17 @@ def _run(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, impl: str) ->
 def norms_by_kernels(inputs: Tensor, grad_outputs: Tensor, samples: Samples) -> Tensor:
     """The squared norms by the Triton kernels, whose table of blocks is kept with the samples."""
     from pyeff.triton_kernels import gram_norms as kernels
+    from pyeff.triton_kernels.common import capability_of
 
-    config = kernels.config_of(inputs)
+    capability = capability_of(inputs)
+    # A table made on one stream may not be there yet for another.
     stream = torch.cuda.current_stream(inputs.device) if inputs.is_cuda else None
-    table = samples.made(
-        ("pairs", inputs.device, stream, config.bt),
-        lambda: kernels.pairs_of(samples.borders, config, inputs.device),
-    )
-    return kernels.gram_norms(inputs, grad_outputs, table, config=config)
+
+    def plan() -> object:
+        config = kernels.pick_config(inputs.dtype, capability, samples.block_pairs)
+        return kernels.plan_of(samples.borders, config, inputs.device)
+
+    return kernels.gram_norms(inputs, grad_outputs, samples.made(("Gram", inputs.dtype, inputs.device, stream), plan))
 
 
 def _on_cpu(inputs: Tensor, grad_outputs: Tensor, borders: Tensor) -> Tensor:

@@ -23,10 +23,17 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # p = 1536, 8 samples of 512 tokens: a panel of everything takes 3 % more than the plain gradient, of a quarter of the
 # rows 6 %, of a sixteenth 15 %.
 _PANEL_BYTES = 32 << 20
+# Where it cannot hold all samples at full length, fewer rows of all of them, so that the total is not read and written
+# once a sample, but no fewer than the product needs. The same machine, busy, 16384 rows, 8 samples of 128 tokens: 14563
+# rows of one sample at a time take 1.15 x the plain gradient's processor time, 1820 of all eight 1.13 x, 910 1.15 x.
+_LEAST_ROWS = 1024
 # Most of a float32 copy of 16-bit inputs.
 _COPY_BYTES = 16 << 20
 # On a GPU a panel takes this part of the L2 cache: the rest is for what the product reads.
 _L2_PART = 0.5
+# With the 4096 columns of a large model two samples of 512 rows are 256 tiles of 128 x 128: two for a processor of an
+# H100, and a panel, its total among it, of 24 MiB.
+_LEAST_ROWS_ON_GPU = 512
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,9 @@ class GpuRates:
 
 # By compute capability. Estimates, none measured yet: a bit over half of what large products reach on A100 and H100; a
 # load from memory, the squares of a tile, and the first products of the next sample. The extra launches are two.
+# Gram tiles of 64 tokens, for short samples, reach three quarters of the rate.
 GPU_RATES = {(8, 0): GpuRates(1.3e14, 1.5e-6), (9, 0): GpuRates(4.0e14, 1.5e-6)}
-_GRAM_LAUNCHES_SECONDS = 6e-6
+_GRAM_LAUNCHES_SECONDS, _NARROW_RATE = 6e-6, 0.75
 _TILE = 128  # of both kernels
 
 
@@ -208,19 +216,19 @@ def gram_add_on_is_cheaper(samples: Samples, d: int, p: int, capability: tuple[i
     """Whether Gram norms beside a plain weight gradient cost less than its interruption at the end of every sample.
 
     With M tiles of 128 x 128 of the gradient on P processors, each holding one, the right side is what the Triton
-    kernel loses by emptying its pipeline; the left what Gram matrices add to torch's product:
+    kernel loses by emptying its pipeline; the left what Gram matrices add to torch's product, in tiles of b tokens:
 
-        sum_s T_s (T_s + 128) (d + p) / gram_flops + launches < S ceil(M / P) drain
+        2 b^2 (d + p) (pairs of blocks) / gram_flops + launches < S ceil(M / P) drain,     b of 64 or 128
 
     with the constants of `GPU_RATES`; never on a GPU that is not listed there. 16-bit inputs only.
     """
     rates = GPU_RATES.get(capability)
     if rates is None:
         return False
-    gram_flops = (samples.squares + _TILE * samples.cuts[-1]) * (d + p)
+    wide, narrow = (2 * block**2 * (d + p) * samples.block_pairs(block) for block in (_TILE, _TILE // 2))
+    seconds = min(wide, narrow / _NARROW_RATE) / rates.gram_flops + _GRAM_LAUNCHES_SECONDS
     waves = -(-(-(-p // _TILE) * -(-d // _TILE)) // processors)
-    drains = (len(samples.cuts) - 1) * waves * rates.drain_seconds
-    return gram_flops / rates.gram_flops + _GRAM_LAUNCHES_SECONDS < drains
+    return seconds < (len(samples.cuts) - 1) * waves * rates.drain_seconds
 
 
 OPERATION = Operation("linear_grad", ("triton", "cpu", "gram", "panels", "reference"), _limits, _environment, _order)
@@ -258,6 +266,7 @@ def _on_cpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: An
         reduce=reduce_panel,
         parts=lambda elements: 1,
         panel_bytes=_PANEL_BYTES,
+        least_rows=_LEAST_ROWS,
         memory=kept_memory,
     )
 
@@ -273,6 +282,7 @@ def _on_gpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: An
         reduce=kernels.reduce_panel,
         parts=kernels.panel_blocks,
         panel_bytes=_panel_bytes(inputs.device),
+        least_rows=_LEAST_ROWS_ON_GPU,
         memory=lambda elements: torch.empty(elements, dtype=torch.float32, device=inputs.device),
     )
 
@@ -318,6 +328,7 @@ def _by_panels(
     reduce: Callable[..., None],
     parts: Callable[[int], int],
     panel_bytes: int,
+    least_rows: int,
     memory: Callable[[int], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some samples' gradients at a time, of some rows, in a panel of `memory` that `reduce` passes over.
@@ -334,7 +345,7 @@ def _by_panels(
     sums_apart = weight_grad and total.dtype != torch.float32
     others = sums_apart + (reference is not None)
     fits = panel_bytes // (4 * max(1, d))  # rows of length d
-    rows = max(1, min(p, fits // (1 + others)))
+    rows = max(1, min(p, fits // (1 + others), max(least_rows, fits // (max(1, count) + others))))
     most = max(1, min(count, fits // rows - others))
     panel = memory(most * rows * d)
     apart = inputs.new_empty((rows, d) if sums_apart else 0, dtype=torch.float32)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pyeff
 from pyeff.ops._dispatch import interpreting
+from pyeff.ops._packed import samples_of
 
 pytestmark = backends.quiet_interpreter
 
@@ -187,9 +188,23 @@ def test_tiles_change_only_the_rounding(tile: tuple[int, int]) -> None:
     inputs, grad_outputs, borders = problem([5, 0, 170, 17, 64], 50, 30)
     device = "cpu" if interpreting() else "cuda"
     config = kernels.Config(*tile, 4, 2)
-    pairs = kernels.pairs_of(torch.tensor(borders), config, torch.device(device))
-    found = kernels.gram_norms(inputs.to(device), grad_outputs.to(device), pairs, config=config)
+    plan = kernels.plan_of(torch.tensor(borders), config, torch.device(device))
+    found = kernels.gram_norms(inputs.to(device), grad_outputs.to(device), plan)
     assert_accurate(found.cpu(), inputs, grad_outputs, borders)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=str)
+def test_samples_that_would_leave_wide_tiles_empty_take_narrow_ones(capability: tuple[int, int]) -> None:
+    kernels = importlib.import_module("pyeff.triton_kernels.gram_norms")
+
+    def rows(*lengths: int) -> int:
+        samples = samples_of(torch.tensor(borders_of(list(lengths))), sum(lengths))
+        return kernels.pick_config(torch.bfloat16, capability, samples.block_pairs).bt
+
+    # One token, or two blocks of 64, in tiles of 128: a quarter, or three quarters, of the work is not empty.
+    assert rows(1) == rows(64) == 64
+    assert rows(128) == rows(65) == rows(2048) == 128
+    assert rows(64, 64, 2048) == 128
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -457,7 +457,7 @@ def test_known_borders_are_not_read_back_twice_unless_written(monkeypatch: pytes
     borders = torch.tensor([0, 3, 7]).as_subclass(Counted)
     first = module.samples_of(borders, 7)
     assert module.samples_of(borders, 7) is first
-    assert first.squares == 3**2 + 4**2
+    assert first.block_pairs(2) == 3 + 3
     with pytest.raises(ValueError, match="number of tokens, 8"):
         module.samples_of(borders, 8)
     assert Counted.reads == 1
@@ -561,10 +561,13 @@ def test_gram_norms_are_added_exactly_where_they_cost_less_than_the_interruption
     rates = module.GPU_RATES[capability]
     for lengths in ([64] * 256, [200] * 80, [512] * 32, [2048] * 8, [16384], lengths_between(64, 513, 16384), []):
         samples = samples_of(torch.tensor(borders_of(lengths)), sum(lengths))
-        # Blocks of 128 tokens, counted one by one: i <= j, both Grams, two FLOPs a product.
-        gram_flops = sum((length**2 + 128 * length) * (d + p) for length in lengths)
+        # Pairs of blocks counted one by one: both Grams, two FLOPs a product.
+        flops = {64: 0, 128: 0}
+        for block, length in itertools.product(flops, lengths):
+            starts = range(0, length, block)
+            flops[block] += 2 * block**2 * (d + p) * sum(i <= j for i, j in itertools.product(starts, starts))
         waves = math.ceil(math.ceil(d / 128) * math.ceil(p / 128) / processors)
-        gram = gram_flops / rates.gram_flops + module._GRAM_LAUNCHES_SECONDS
+        gram = min(flops[128], flops[64] / 0.75) / rates.gram_flops + module._GRAM_LAUNCHES_SECONDS
         drains = len(lengths) * waves * rates.drain_seconds
         assert module.gram_add_on_is_cheaper(samples, d, p, capability, processors) == (gram < drains)
     assert not module.gram_add_on_is_cheaper(samples, d, p, (7, 5), processors)
@@ -608,10 +611,12 @@ def test_auto_on_a_gpu_keeps_to_its_rule() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("panel", [1, 3000, 60000], ids=["rows", "samples", "all"])
 @pytest.mark.parametrize("copy", [1, 2000, 1 << 24], ids=["token by token", "some tokens", "all tokens"])
+@pytest.mark.parametrize("least_rows", [7, 1024], ids=["all samples", "all rows"])
 def test_panels_and_copies_change_only_the_rounding(
-    panel: int, copy: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    panel: int, copy: int, least_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module("pyeff.ops.linear_grad")
+    monkeypatch.setattr(module, "_LEAST_ROWS", least_rows)
     monkeypatch.setattr(module, "_PANEL_BYTES", panel)
     monkeypatch.setattr(module, "_COPY_BYTES", copy)
     inputs, grad_outputs, borders, reference = problem([4, 4, 0, 4, 9, 2, 2, 30], 24, 20, dtype)

@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from pyeff.ops._packed import samples_of
+
 # What a matrix product compiles to on sm_90, sm_100 and before.
 TENSOR_CORE = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -83,15 +85,17 @@ def linear_grad_panel(*, referenced: bool = False) -> None:
     module.reduce_panel(panel, total=panel[0], norms_sq=sums, **dots)
 
 
-def gram_norms(dtype: torch.dtype, *, features: int = 4096) -> None:
-    """Norms of 8 samples of 2048 tokens."""
+def gram_norms(dtype: torch.dtype, *, features: int = 4096, tokens: int = 2048) -> None:
+    """Norms of samples of so many tokens, 16384 in all."""
     from pyeff.triton_kernels import gram_norms as module
 
     inputs = torch.empty(16384, features, dtype=dtype, device="meta")
     grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
-    config = module.config_of(inputs)
-    pairs = module.pairs_of(torch.arange(0, 16385, 2048), config, torch.device("cpu"))
-    module.gram_norms(inputs, grad_outputs, pairs, config=config)
+    samples = samples_of(torch.arange(0, 16385, tokens), 16384)
+    config = module.pick_config(dtype, torch.cuda.get_device_capability(), samples.block_pairs)
+    plan = module.plan_of(samples.borders, config, torch.device("cpu"))
+    module.gram_norms(inputs, grad_outputs, plan)
+
 
 
 # One entry for every way in which a launcher specialises its kernels so that registers or the pipeline could change.
@@ -120,6 +124,7 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_grad.panel": linear_grad_panel,
     "linear_grad.panel_reference": partial(linear_grad_panel, referenced=True),
     "gram_norms.bf16": partial(gram_norms, torch.bfloat16),
+    "gram_norms.bf16_short": partial(gram_norms, torch.bfloat16, tokens=64),
     "gram_norms.fp16_ragged": partial(gram_norms, torch.float16, features=1040),
     "gram_norms.fp32": partial(gram_norms, torch.float32),
 }

@@ -47,6 +47,7 @@ PRODUCTS = {
     "linear_grad.panel": {},
     "linear_grad.panel_reference": {},
     "gram_norms.bf16": {"multiply_grams": True},
+    "gram_norms.bf16_short": {"multiply_grams": True},
     "gram_norms.fp16_ragged": {"multiply_grams": True},
     "gram_norms.fp32": {"multiply_grams": False},
 }
