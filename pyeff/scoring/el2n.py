@@ -68,6 +68,6 @@ class EL2N(ScoreMethod):
         rows = last_hidden_state(model, batch)[where.positions]
         return answer_scores(rows, weight, where, bias=bias, softcap=softcap, reduction=self._reduction).el2n
 
-    def read_flops(self, shape: TransformerShape, work: BatchWork) -> int:
+    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
         """FLOPs of the forward pass."""
         return work.forward(shape)

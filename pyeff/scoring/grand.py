@@ -18,7 +18,7 @@ from pyeff.scoring.language import (
     undefined_if_empty,
     variant,
 )
-from pyeff.scoring.language_model import answer_logits
+from pyeff.scoring.language_model import answer_logits, layer_matrices
 from pyeff.scoring.method import ScoreMethod
 
 if TYPE_CHECKING:
@@ -86,14 +86,14 @@ class GraNd(ScoreMethod):
             (losses * weights).sum().backward()
         return undefined_if_empty(seen.grad_norms, where.cu_seqlens)
 
-    def read_flops(self, shape: TransformerShape, work: BatchWork) -> int | None:
+    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:
         """FLOPs of the passes and of the norms, which take the place of the weights' gradients."""
-        layer = list(shape.linears.values())
+        matrices = layer_matrices(model)
         head = (shape.hidden_size, shape.vocab_size)
         answers = sum(work.answers)
         total = work.of(shape.train_cost()) - 2 * answers * head[0] * head[1]
-        total -= shape.layers * sum(2 * work.tokens * d * p for d, p in layer)
-        total += shape.layers * sum(weight_norms_flops(work.lengths, d, p) for d, p in layer)
+        total -= sum(2 * work.tokens * d * p for d, p in matrices)
+        total += sum(weight_norms_flops(work.lengths, d, p) for d, p in matrices)
         total += weight_norms_flops(work.answers, *head)
         if shape.tied_embeddings:  # the product of the head's gradient with the embedding's
             total += sum(2 * t * a * head[0] for t, a in zip(work.lengths, work.answers, strict=True))

@@ -115,7 +115,7 @@ class LanguageScoring:
             batch = self._packed[number].to(self.device)
             where = label_positions(batch)
             work = BatchWork(self._packed[number].cu_seqlens.diff().tolist(), where.cu_seqlens.diff().tolist())
-            flops = None if self._shape is None else method.read_flops(self._shape, work)
+            flops = None if self._shape is None else method.read_flops(self.model, self._shape, work)
             if flops is None:
                 with flop_counter() as counter:
                     scores = method.read(self.model, batch, where)

@@ -35,6 +35,14 @@ def head_weight(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, fl
     return head.weight, head.bias, None if softcap is None else float(softcap)
 
 
+def layer_matrices(model: nn.Module) -> list[tuple[int, int]]:
+    """Shapes of the matrices between embedding and head, as the model holds them: fused ones as one."""
+    head = without_adapters(model).get_output_embeddings().weight
+    modules = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    parameters = [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 2 and p is not head]
+    return [(p.shape[0], p.shape[1]) for p in parameters]
+
+
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     """Return the keyword arguments with which a transformers model keeps the samples of a packed batch apart."""
     return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}

@@ -85,7 +85,7 @@ class LastLayerGraNd(ScoreMethod):
         norms_sq = _head_norms_sq(rows, *head_weight(model), where.targets, where.cu_seqlens, weights)
         return undefined_if_empty(norms_sq.clamp(min=0).sqrt(), where.cu_seqlens)
 
-    def read_flops(self, shape: TransformerShape, work: BatchWork) -> int:
+    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
         """FLOPs of the forward pass and of the norms."""
         pairs = sum(answers**2 for answers in work.answers)
         return work.forward(shape) + pairs * (shape.hidden_size + shape.vocab_size)

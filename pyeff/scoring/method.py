@@ -48,7 +48,7 @@ class ScoreMethod(ABC):
         """Scores [S] of the samples of a packed batch of a language model, answers at ``where``; NaN without answer."""
         raise NotImplementedError(f"{self.name} does not score language models")
 
-    def read_flops(self, shape: TransformerShape, work: BatchWork) -> int | None:
+    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:
         """FLOPs of `read` by formula, for a dense model trained in full; None to have every batch counted by torch."""
         return None
 
@@ -113,6 +113,10 @@ class ScoreMethod(ABC):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         work: Work
@@ -172,7 +176,9 @@ class ScoreMethod(ABC):
     ) -> Scores:
         header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
         if path is not None:
-            header |= {"model": model_fingerprint(model), **work.describe()}
+            with _seeding(model) as reseed:
+                reseed(seed, 0)
+                header |= {"model": model_fingerprint(model), **work.describe()}
         directory = None if path is None else Path(path)
         with ScoreStore(directory, header, resume=resume) as store:
             missing = [batch for batch in range(work.batches) if batch not in store.done]

@@ -48,7 +48,7 @@ class Scores:
     @property
     def values(self) -> NDArray[np.float64]:
         """The scores, float64 [N], in the order of the dataset."""
-        return np.asarray(self.table["score"].to_numpy(), dtype=np.float64)
+        return np.array(self.table["score"].to_numpy(), dtype=np.float64)
 
     @property
     def ids(self) -> list[SampleId]:

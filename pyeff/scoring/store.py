@@ -113,11 +113,11 @@ class ScoreStore:
 
     def append(self, batch: int, rows: Mapping[str, Sequence[Any]]) -> None:
         """Add the rows of one batch: a list for each column but those of the header."""
-        text = isinstance(rows["id"][0], str)
         if self._text_ids is None:
-            self._text_ids = text
-        if text != self._text_ids:
-            raise ValueError(f"ids must be all strings or all integers, got both, such as {rows['id'][0]!r}")
+            self._text_ids = isinstance(rows["id"][0], str)
+        odd = next((sample for sample in rows["id"] if isinstance(sample, str) != self._text_ids), None)
+        if odd is not None:
+            raise ValueError(f"ids must be all strings or all integers, got both, such as {odd!r}")
         if self._batches and batch != self._batches[-1] + 1:
             self._flush()
         for name, values in rows.items():

@@ -144,6 +144,8 @@ def refuse_bad_ids(ids: Sequence[Any], known: set[SampleId], *, first: int = 0) 
             raise ValueError(f"sample {place} of the dataset has no id")
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise TypeError(f"the id of sample {place} must be a string or an integer, got {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"the id {value} of sample {place} does not fit in 64 bits: make it a string")
         if value in known:
             raise ValueError(f"the id {value!r} of sample {place} is there twice: ids must be unique")
         known.add(value)
