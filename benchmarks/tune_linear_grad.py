@@ -24,7 +24,7 @@ from timing import Timing, interleaved
 import pyeff
 
 # Features in and out, and tokens a sample: layers of models of 0.1, 1 and 8 billion parameters, all of 16384 tokens.
-LAYERS = [(576, 576), (576, 1536), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336)]
+LAYERS = [(576, 1536), (2048, 2048), (4096, 4096), (4096, 14336)]
 LENGTHS = [256, 2048]
 TOKENS = 16384
 # (BM, BN, BK, warps, stages): with 128 x 128 two accumulators leave a program a processor to itself, narrower tiles
@@ -35,10 +35,8 @@ TILES = [
     (128, 128, 32, 8, 4),
     (128, 64, 64, 8, 3),
     (128, 64, 64, 4, 4),
-    (128, 64, 64, 4, 3),
     (64, 128, 64, 4, 3),
     (64, 64, 64, 4, 4),
-    (64, 64, 64, 4, 3),
 ]
 
 

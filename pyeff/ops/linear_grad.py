@@ -99,15 +99,18 @@ def linear_grad(
     `impl`, which runs or raises `RuntimeError` with the reason; each gives the same bits in every run on one device:
 
     - "triton" (GPU): one kernel; a sample's tile meets its norm in registers.
-    - "gram" (GPU): torch's product for the gradient, and `gram_norms` for the norms. No dots, and where the gradients
-      of a sample's tokens cancel its small norm is rounded as `gram_norms` says.
+    - "gram" (GPU): torch's product for the gradient, with the rounding torch is set to, and `gram_norms` for the norms.
+      No dots, and where the gradients of a sample's tokens cancel its small norm is rounded as `gram_norms` says.
     - "panels" (GPU): torch's product for some samples' gradients at a time, into a panel that takes half of the L2
       cache and is read there, by one more kernel; 3 KiB a sample.
     - "cpu": the same with a panel of 32 MiB and C++.
     - "reference": plain torch.
 
-    "auto" takes "cpu" on the CPU and on a GPU "triton", or "gram" where `gram_add_on_is_cheaper` says so; "reference"
-    where these cannot run. Not differentiable. Under `torch.compile` one operator of the graph.
+    "auto" takes "cpu" on the CPU. On a GPU it takes "gram" where gradient and norms are wanted of 16-bit inputs and Gram
+    matrices should cost less than the kernel loses at the ends of samples (by FLOPs, launch for launch: up to about 700
+    tokens a sample on an H100 at d = p = 4096), else "triton". Where these cannot run, "reference".
+
+    Not differentiable. Under `torch.compile` one operator of the graph.
 
     Raises `TypeError` for an argument of a wrong type or dtype, `ValueError` for arguments that do not fit together.
     Borders on a GPU are read back for that at their first use, which waits for the stream; borders on the CPU never do.

@@ -468,13 +468,15 @@ def test_known_borders_are_not_read_back_twice_unless_written(monkeypatch: pytes
 
 
 @pytest.mark.gpu
-def test_known_borders_do_not_make_the_host_wait() -> None:
+@pytest.mark.parametrize("impl", ["triton", "panels", "gram"])
+def test_known_borders_do_not_make_the_host_wait(impl: str) -> None:
     inputs, grad_outputs, borders, reference = (
-        t.cuda() if isinstance(t, Tensor) else torch.tensor(t) for t in problem([64, 32], 64, 128)
+        t.cuda() if isinstance(t, Tensor) else torch.tensor(t) for t in problem([64, 0, 32], 64, 128)
     )
+    taken = Backend(impl, "cuda").takes(reference)
     for cu_seqlens in (borders.cuda(), borders):
         for _ in range(2):
-            pyeff.linear_grad(inputs, grad_outputs, cu_seqlens, reference=reference)
+            pyeff.linear_grad(inputs, grad_outputs, cu_seqlens, reference=taken, impl=impl)
             pyeff.gram_norms(inputs, grad_outputs, cu_seqlens)
             torch.cuda.set_sync_debug_mode("error")
         torch.cuda.set_sync_debug_mode("default")
