@@ -106,9 +106,9 @@ def linear_grad(
     - "cpu": the same with a panel of 32 MiB and C++.
     - "reference": plain torch.
 
-    "auto" takes "cpu" on the CPU. On a GPU it takes "gram" where gradient and norms are wanted of 16-bit inputs and Gram
-    matrices should cost less than the kernel loses at the ends of samples (by FLOPs, launch for launch: up to about 700
-    tokens a sample on an H100 at d = p = 4096), else "triton". Where these cannot run, "reference".
+    "auto" takes "cpu" on the CPU. On a GPU it takes "gram" where gradient and norms are wanted of 16-bit inputs and
+    Gram matrices should cost less than the kernel loses at the ends of samples (by their FLOPs, at every call: up to
+    about 700 tokens a sample on an H100 at d = p = 4096), else "triton". Where these cannot run, "reference".
 
     Not differentiable. Under `torch.compile` one operator of the graph.
 
