@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from pyeff.observation import observe
 from pyeff.scoring.classification import check_targets, logits_of
+from pyeff.scoring.flops import weight_norms_flops
 from pyeff.scoring.language import (
     BatchWork,
     Reduction,
@@ -98,8 +98,3 @@ class GraNd(ScoreMethod):
         if shape.tied_embeddings:  # the product of the head's gradient with the embedding's
             total += sum(2 * t * a * head[0] for t, a in zip(work.lengths, work.answers, strict=True))
         return total
-
-
-def weight_norms_flops(lengths: Sequence[int], d: int, p: int) -> int:
-    """FLOPs of the norms of a d -> p layer's gradients for samples of these many tokens, by the cheaper operation."""
-    return min(sum(length**2 for length in lengths) * (d + p), 2 * sum(lengths) * d * p)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyeff.ops import linear_cross_entropy_grad
 from pyeff.scoring.classification import check_targets, error_vectors, logits_of
+from pyeff.scoring.flops import weight_norms_flops
 from pyeff.scoring.language import (
     BatchWork,
     Reduction,
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
     from pyeff.governor import TransformerShape
 
-# Logits of so many bytes are in memory at a time, or those of one sample.
-_LOGITS_BYTES = 64 << 20
-
 
 class LastLayerGraNd(ScoreMethod):
     """The norm of the gradient of a sample's loss by the weight of the last layer, from forward passes alone.
@@ -39,8 +38,9 @@ class LastLayerGraNd(ScoreMethod):
     (c = 1), the answer tokens of a language model (c = 1 over their number, or 1 with `reduction="sum"`). For a single
     prediction it is EL2N times the norm of h. A softcap of the logits is differentiated; a bias is left out.
 
-    Cost: one forward pass, and T^2 (D + V) FLOPs for a sample of T answer tokens. At most 64 MiB of logits are in
-    memory, or those of one sample.
+    Cost: one forward pass, the head's softmax formed once more, and T^2 (D + V) FLOPs for a sample of T answer tokens.
+    The logits are never stored, see `pyeff.linear_cross_entropy_grad`; what it multiplies twice because classes come in
+    panels is not counted.
 
     >>> import torch
     >>> from pyeff.scoring import LastLayerGraNd
@@ -81,53 +81,26 @@ class LastLayerGraNd(ScoreMethod):
     def read(self, model: nn.Module, batch: PackedBatch, where: LabelPositions) -> Tensor:
         """Scores [S] from the last hidden states."""
         rows = last_hidden_state(model, batch)[where.positions]
-        weights = token_weights(where.cu_seqlens, where.targets.numel(), self._reduction)
-        norms_sq = _head_norms_sq(rows, *head_weight(model), where.targets, where.cu_seqlens, weights)
+        weight, bias, softcap = head_weight(model)
+        norms_sq = linear_cross_entropy_grad(
+            rows,
+            weight,
+            where.targets,
+            where.cu_seqlens,
+            bias=bias,
+            softcap=softcap,
+            grad_losses=token_weights(where.cu_seqlens, where.targets.numel(), self._reduction).to(rows.dtype),
+            hidden_grad=False,
+            weight_grad=False,
+        ).norms_sq
+        assert norms_sq is not None
+        # Rounding in a difference of Gram matrices can pass below zero.
         return undefined_if_empty(norms_sq.clamp(min=0).sqrt(), where.cu_seqlens)
 
     def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
-        """FLOPs of the forward pass and of the norms."""
-        pairs = sum(answers**2 for answers in work.answers)
-        return work.forward(shape) + pairs * (shape.hidden_size + shape.vocab_size)
-
-
-def _head_norms_sq(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """Squared norms [S] of the head's weight gradient of each sample's loss, in pieces of whole samples."""
-    from pyeff.ops import gram_norms
-
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    borders: list[int] = cu_seqlens.tolist()
-    most = max(1, _LOGITS_BYTES // (weight.shape[0] * dtype.itemsize))
-    norms_sq = torch.zeros(len(borders) - 1, dtype=dtype, device=rows.device)
-    first = 0
-    while first < norms_sq.numel():
-        end = first + 1
-        while end < norms_sq.numel() and borders[end + 1] - borders[first] <= most:
-            end += 1
-        span = slice(borders[first], borders[end])
-        h = rows[span]
-        logits = nn.functional.linear(h, weight).to(dtype)
-        if bias is not None:
-            logits += bias.to(dtype)
-        slope: Tensor | float = 1.0
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap)
-            slope = 1 - logits.square()
-            logits *= softcap
-        error = error_vectors(logits, targets[span])
-        error *= weights[span, None] * slope
-        cuts = torch.tensor([border - borders[first] for border in borders[first : end + 1]], dtype=torch.int32)
-        norms_sq[first:end] = gram_norms(h.to(dtype), error, cuts)
-        first = end
-    return norms_sq
+        """FLOPs of the forward pass, of the softmax formed again and of the norms."""
+        d, v = shape.hidden_size, shape.vocab_size
+        return work.forward(shape) + 2 * sum(work.answers) * d * v + weight_norms_flops(work.answers, d, v)
 
 
 @contextmanager

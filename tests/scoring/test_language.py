@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyeff.data import EncodedSample, EncodedSamples, JsonlSource, Sample
 from pyeff.errors import UserError
-from pyeff.scoring import EL2N, GraNd, LastLayerGraNd, ScoreMethod, Scores, language, last_layer
+from pyeff.scoring import EL2N, GraNd, LastLayerGraNd, ScoreMethod, Scores, language
 
 METHODS: list[ScoreMethod] = [
     EL2N(),
@@ -100,11 +100,6 @@ def test_neither_packing_nor_order_change_a_score(batch_tokens: int, order: list
     exact = one_by_one(method, model_named("llama"), data)[order]
     peer = one_by_one(method, model_named("llama", torch.float32), data)[order]
     assert_as_accurate(torch.from_numpy(got.values).float(), exact, peer, multiple=4.0)
-
-
-def test_a_head_in_pieces_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_layer, "_LOGITS_BYTES", 4 * VOCABULARY * 5)
-    agree(score(LastLayerGraNd(), model_named("llama", torch.float32), samples()), LastLayerGraNd(), "llama", samples())
 
 
 @pytest.mark.parametrize("name", ["llama tied", "llama", "gpt2"])
