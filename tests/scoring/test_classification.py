@@ -167,6 +167,12 @@ def test_a_model_may_return_its_logits_in_an_object_and_take_a_mapping() -> None
         assert score(method, rows, Wrapped()).values.tolist() == score(method, (x, y)).values.tolist()
 
 
+def test_samples_that_other_processes_load_have_the_same_scores() -> None:
+    names = [f"image-{i}" for i in range(11)]
+    alone, helped = (score(EL2N(), Named(names), batch_size=4, workers=workers) for workers in (0, 1))
+    assert helped.table.drop(["seconds"]).equals(alone.table.drop(["seconds"]))
+
+
 def test_random_inputs_are_drawn_again_the_same() -> None:
     class Noisy(Dataset[Any]):
         def __len__(self) -> int:
@@ -272,6 +278,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "id there twice": (lambda: Named(["a", "b", "a"]), ValueError, "'a' of sample 2 is there twice"),
     "tensor id there twice": (lambda: (torch.tensor([4, 4]), *samples(2)), ValueError, "4 of sample 1 is there twice"),
     "id of another type": (lambda: Named([1.5, 2.5]), TypeError, "must be a string or an integer, got float"),
+    "id of too many bits": (lambda: Named([1, 2**63]), ValueError, "does not fit in 64 bits"),
     "ids of two types": (lambda: Named(["a", 1]), ValueError, "all strings or all integers"),
     "no class": (lambda: Named([0, 1], torch.tensor([0, 9])), ValueError, r"targets must be in \[0, 4\)"),
     "negative class": (lambda: (samples(2)[0], torch.tensor([0, -1])), ValueError, r"targets must be in \[0, 4\)"),
