@@ -59,11 +59,10 @@ def check_borders(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
     """Raises `TypeError` or `ValueError`, calling it `name`, when it cannot be borders, whatever numbers it holds."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a tensor of samples + 1 borders, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be a list of samples + 1 borders, int32 or int64, got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{name} must be a list of samples + 1 borders, got shape {tuple(cu_seqlens.shape)}")
 
 
 def host_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:

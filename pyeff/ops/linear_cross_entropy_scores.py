@@ -61,7 +61,8 @@ class TokenScores:
         the same bits in every run. Cost: one pass over 8 N numbers; borders on a GPU are read back at their first use,
         which waits for the stream.
 
-        Raises `ValueError` when `cu_seqlens` is not such a list of borders or `reduction` is none of the three.
+        Raises `TypeError` when `cu_seqlens` is no tensor of integers, `ValueError` when it is not such a list of
+        borders or `reduction` is none of the three.
 
         >>> import torch, pyeff
         >>> scores = pyeff.linear_cross_entropy_scores(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([0, 1, -100]))

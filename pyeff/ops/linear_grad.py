@@ -100,7 +100,7 @@ def linear_grad(
 
     - "triton" (GPU): one kernel; a sample's tile meets its norm in registers.
     - "gram" (GPU): torch's product for the gradient, with the rounding torch is set to, and `gram_norms` for the norms.
-      No dots, and where the gradients of a sample's tokens cancel its small norm is rounded as `gram_norms` says.
+      No dots; memory, and the rounding of small norms where the gradients of a sample's tokens cancel, as said there.
     - "panels" (GPU): torch's product for some samples' gradients at a time, into a panel that takes half of the L2
       cache and is read there, by one more kernel; 3 KiB a sample.
     - "cpu": the same with a panel of 32 MiB and C++.

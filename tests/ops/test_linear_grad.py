@@ -372,7 +372,6 @@ BAD_BORDERS = {
     "ends late": torch.tensor([0, 4, 8]),
     "falls": torch.tensor([0, 5, 4, 7]),
     "of two dimensions": torch.tensor([[0, 7]]),
-    "floating": torch.tensor([0.0, 7.0]),
     "empty": torch.tensor([], dtype=torch.int64),
 }
 
@@ -383,6 +382,8 @@ def test_borders_that_are_none_are_refused(which: str) -> None:
     for operation in (pyeff.linear_grad, pyeff.gram_norms):
         with pytest.raises(ValueError, match="cu_seqlens must"):
             operation(inputs, grad_outputs, BAD_BORDERS[which])
+        with pytest.raises(TypeError, match="cu_seqlens must be int32 or int64"):
+            operation(inputs, grad_outputs, BAD_BORDERS[which].float())
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:
