@@ -18,6 +18,7 @@ from pyeff.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pyeff.memory import Rates
     from pyeff.train import RunConfig
 
 app = typer.Typer(
@@ -112,6 +113,70 @@ def score(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="CONFIG|MODEL", help="A config.json, a model's directory, or its name on the hub.")
+    ],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a row.")],
+    batch: Annotated[int, typer.Option(help="Rows of one forward and backward.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Forwards whose gradients are summed before a step.")] = 1,
+    packed: Annotated[bool, typer.Option("--packed", help="One row of samples kept apart by a dense mask.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adam8bit, lion8bit or sgd8bit.")] = "adamw",
+    master: Annotated[str, typer.Option(help="Beside bf16 weights: none, stochastic, ecc8 or fp32.")] = "none",
+    checkpointing: Annotated[str, typer.Option(help="none, layer or attention.")] = "none",
+    head: Annotated[str, typer.Option(help="logits, or fused: without them in memory.")] = "logits",
+    lora_rank: Annotated[int, typer.Option(help="Train adapters of this rank; 0 trains everything.")] = 0,
+    lora_targets: Annotated[str, typer.Option(help="Modules with an adapter, or all-linear.")] = "q_proj,v_proj",
+    device: Annotated[str, typer.Option(help="cuda or cpu: their kernels keep different tensors.")] = "cuda",
+    device_memory: Annotated[str | None, typer.Option(help='For example "24GB".')] = None,
+    gpu: Annotated[str | None, typer.Option(help="Estimate times for a100, h100, h200, b200, l40s or rtx4090.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help='TFLOP/s and GB/s of the device, such as "400,2600"; or "measure".')
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write stacked bars to this PNG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+) -> None:
+    """Say what a training step keeps in memory, when, what fits, and what a change would buy."""
+    _require(("pydantic", "transformers", *(("matplotlib",) if plot is not None else ())), "plan")
+    from pyeff.memory import plan as make_plan
+
+    try:
+        found = make_plan(
+            model,
+            seq_len=seq_len,
+            batch=batch,
+            accumulation=accumulation,
+            packed=packed,
+            dtype=dtype,  # type: ignore[arg-type]  # checked there, with the choices in the message
+            optimizer=optimizer,  # type: ignore[arg-type]
+            master=master,  # type: ignore[arg-type]
+            checkpointing=checkpointing,  # type: ignore[arg-type]
+            head=head,  # type: ignore[arg-type]
+            lora_rank=lora_rank,
+            lora_targets=[name.strip() for name in lora_targets.split(",")],
+            device=device,
+            device_memory=device_memory,
+            rates=_rates(gpu, rates, device, dtype),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    from pyeff.cli.memory import plan_tables, write_plot
+
+    if plot is not None:
+        write_plot(found, plot)
+    if json:
+        import json as writer
+
+        typer.echo(writer.dumps(found.to_dict(), indent=1))
+        return
+    console = _console()
+    console.print(plan_tables(found))
+    if plot is not None:
+        console.print(f"Plot: {plot}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, finished or not.")],
 ) -> None:
@@ -161,6 +226,23 @@ def _given(**options: object) -> dict[str, object]:
 
 def _as_typed(given: Mapping[str, object]) -> str:
     return " ".join(f"--{key} {value}" for key, value in given.items())
+
+
+def _rates(gpu: str | None, given: str | None, device: str, dtype: str) -> Rates | None:
+    from pyeff.memory.rates import Rates, estimated_rates, measured_rates
+
+    itemsize = 4 if dtype == "float32" else 2
+    if given == "measure":
+        return measured_rates(device, itemsize=itemsize)
+    if given is not None:
+        try:
+            flops, bandwidth = (float(part) for part in given.split(","))
+        except ValueError as error:
+            raise UserError(
+                f'--rates takes TFLOP/s and GB/s, such as "400,2600", or "measure"; got {given!r}'
+            ) from error
+        return Rates(1e12 * flops, 1e9 * bandwidth, "given")
+    return None if gpu is None else estimated_rates(gpu, itemsize=itemsize)
 
 
 def _console() -> Console:

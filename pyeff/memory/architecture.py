@@ -212,7 +212,7 @@ def layer_of(name: str) -> str:
     found = _LAYER.match(name)
     if found:
         return f"layer {int(found.group(2))}"
-    if "lm_head" in name or "embed_out" in name:
+    if any(part in name for part in ("lm_head", "embed_out", "ln_f", "final_layer_norm")) or ".norm." in f".{name}":
         return "head"
     if "embed" in name or "wte" in name or "wpe" in name:
         return "embedding"

@@ -284,7 +284,7 @@ def plan(
     'head fused'
     """
     bytes_given = parse_size(device_memory) if device_memory is not None else None
-    source = _Source(model, dtype, inputs)
+    source = Source(model, dtype, inputs)
     targets = tuple(lora_targets) if lora_rank else ()
     settings = Settings(
         seq_len=seq_len,
@@ -341,7 +341,7 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
-class _Source:
+class Source:
     """The model as given: its parameters for any settings, and how its activations are found."""
 
     def __init__(self, model: Any, dtype: DType | None, inputs: Mapping[str, Any] | None = None) -> None:
@@ -409,7 +409,7 @@ class Planner:
     """Plans for one model, one device and many settings; `plan` makes one."""
 
     def __init__(
-        self, source: _Source, *, other_bytes: int = 0, rates: Rates | None = None, device_memory: int | None = None
+        self, source: Source, *, other_bytes: int = 0, rates: Rates | None = None, device_memory: int | None = None
     ) -> None:
         self.source, self.rates, self.device_memory = source, rates, device_memory
         self.other = other_bytes
@@ -441,7 +441,7 @@ class Planner:
     def _moments(self, settings: Settings) -> tuple[Moment, ...]:
         if self.source.architecture is not None:
             found = self._simulate(settings)
-            return (found.forward_end, *found.phases)
+            return (found.phases[0], found.forward_end, *found.phases[1:])
         traced = self._trace(settings)
         held = traced.gradients if settings.accumulation > 1 else 0
         # A trace sees one sum: gradients made so far are among what is live in the backward.
@@ -582,8 +582,8 @@ class Planner:
         assert self.device_memory is not None
         return max(0, int((self.device_memory - one) // max(1, two - one)) + 1) if one <= self.device_memory else 0
 
-    def plan(self, settings: Settings) -> Plan:
-        """The whole plan."""
+    def plan(self, settings: Settings, *, search: bool = True) -> Plan:
+        """The whole plan; without `search`, no options and no largest sizes."""
         parameters = self.parameters(settings)
         account = self.source.architecture is not None
         simulation = self._simulate(settings) if account else None
@@ -612,9 +612,9 @@ class Planner:
             rates=self.rates,
             flops=self.flops(settings),
             seconds=self.seconds(settings),
-            largest_batch=None if settings.packed else self.largest(settings, "batch"),
-            largest_seq_len=self.largest(settings, "seq_len"),
-            options=tuple(self.options(settings)),
+            largest_batch=None if settings.packed or not search else self.largest(settings, "batch"),
+            largest_seq_len=self.largest(settings, "seq_len") if search else None,
+            options=tuple(self.options(settings)) if search else (),
         )
 
 
@@ -634,7 +634,7 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def trace_model(source: _Source, settings: Settings) -> Any:
+def trace_model(source: Source, settings: Settings) -> Any:
     """Trace a step of a model whose layers the planner does not know; see `pyeff.memory.trace`."""
     import torch
 
@@ -651,6 +651,9 @@ def trace_model(source: _Source, settings: Settings) -> Any:
         return trace_step(model, **source.inputs)
     ids = torch.empty(settings.batch, settings.seq_len, dtype=torch.int64, device="meta")
     arguments: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if settings.packed:  # a mask of four dimensions is taken as it is
+        size = (settings.batch, 1, settings.seq_len, settings.seq_len)
+        arguments["attention_mask"] = torch.empty(size, dtype=torch.bool, device="meta")
     was = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     wanted = settings.checkpointing == "layer"
     training = model.training

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,18 @@ def _observe(
             saved[_key(t)] = t.untyped_storage().nbytes()
         return t
 
-    live, flops = _LiveBytes(own), FlopCounterMode(display=False)
+    live = _LiveBytes(own)
     for t in tree_leaves(given):
         if isinstance(t, Tensor):
             live.see(t)
-    with flops, live:
+    with live:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             value = (loss or _loss_of)(run())
         forward_end, forward_peak = live.now, live.peak
         value.backward()
     gradients = sum(t.grad.untyped_storage().nbytes() for t in weights.values() if t.grad is not None)
     phase = "forward" if forward_peak >= live.peak else "backward"
-    return Traced(sum(saved.values()), forward_end, live.peak, phase, gradients, flops.get_total_flops())
+    return Traced(sum(saved.values()), forward_end, live.peak, phase, gradients, live.flops)
 
 
 def _key(t: Tensor) -> int:
@@ -146,7 +146,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, own: set[int]) -> None:
         super().__init__()
         self.known = set(own)
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
 
     def see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
@@ -163,7 +163,12 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # FlopCounterMode would count the same, but it keeps what a checkpoint frees alive.
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self.see(t)

@@ -30,6 +30,8 @@ Head = Literal["logits", "fused"]
 
 _FP32 = 4
 _BOOL = 1
+# `linear_cross_entropy` forms the gradients by the logits a panel of classes at a time.
+_PANEL_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,9 @@ class _Recorder:
     def _embedding(self) -> tuple[Buffer, list[Buffer]]:
         m, n, tape = self.m, self.n, self.tape
         tape.begin("embedding")
+        if self.mask is not None:  # three bytes a pair while it is made
+            made = Buffer("mask being made", 2 * self.mask.nbytes)
+            tape.op("mask", [self.mask], [made])
         ids = Buffer("token ids", n * 8)
         trained = self.embedding_trained and self.trained
         table = [("embedding", m.vocab * m.hidden * self.s)] if trained else []
@@ -185,13 +190,22 @@ class _Recorder:
         name, trained = ("embedding", self.embedding_trained) if m.tied else ("head", True)
         weight = [(name, m.vocab * m.hidden * s)] if trained and self.trained else []
         saved = [x] if weight else []
-        if head == "fused":
-            loss, lse = Buffer("loss", rows * _FP32), Buffer("log-sum-exps of the logits", rows * _FP32)
-            tape.op("linear cross entropy", [x], [loss, lse], saved=[x, lse], parameters=weight)
-            return
         targets = Buffer("targets", rows * 8)
+        if head == "fused":
+            numbers = Buffer("losses of tokens", rows * _FP32), Buffer("log-sum-exps of the logits", rows * _FP32)
+            panel = min(_PANEL_BYTES[self.device], rows * m.vocab * s)
+            tape.op(
+                "linear cross entropy",
+                [x],
+                numbers,
+                saved=[x, targets, *numbers],
+                parameters=weight,
+                workspace=panel,
+                saves_weight=True,
+            )
+            return
         logits = self._new("logits", rows * m.vocab)
-        tape.op("head", [x], [logits], saved=saved, parameters=weight)
+        tape.op("head", [x], [logits], saved=saved, parameters=weight, saves_weight=True)
         wide = self._cast(logits, rows * m.vocab, s, _FP32)
         logs = Buffer("log probabilities", rows * m.vocab * _FP32)
         tape.op("log softmax", [wide], [logs], saved=[logs])

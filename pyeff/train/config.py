@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pyeff.data.sources import Source
 from pyeff.errors import UserError
 from pyeff.governor import Budget, GovernorConfig
+from pyeff.memory.planner import parse_size
 
 
 class _Strict(BaseModel):
@@ -98,11 +99,15 @@ class RunConfig(_Strict):
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoRAConfig | None = None
-    gradient_checkpointing: bool = False
+    # None: off, or what the planner chooses within `memory`.
+    gradient_checkpointing: bool | None = None
+    # Bytes of a training step's tensors, such as "20GB"; what is left open above and below is then chosen to fit.
+    memory: str | int | None = None
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_tokens: int = Field(default=1024, ge=2)
-    # Tokens of one forward and backward; the gradients of a batch are summed over its parts.
+    # Tokens of one forward and backward; the gradients of a batch are summed over its parts. None: the whole batch,
+    # or what the planner chooses within `memory`.
     micro_batch_tokens: int | None = Field(default=None, ge=2)
     budget: str
     policy: Literal["governor", "uniform"] = "governor"
@@ -122,6 +127,13 @@ class RunConfig(_Strict):
     @classmethod
     def _budget_is_readable(cls, value: str) -> str:
         Budget.parse(value)
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, value: str | int | None) -> str | int | None:
+        if value is not None:
+            parse_size(value)
         return value
 
     @field_validator("governor")

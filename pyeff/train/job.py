@@ -23,6 +23,7 @@ from pyeff.train.build import lora_linears, make_optimizer, own_memory, recomput
 from pyeff.train.config import RunConfig
 from pyeff.train.ema import EMA
 from pyeff.train.evaluate import generation_work, greedy_answers, same_answer, sample_losses
+from pyeff.train.memory import step_shape
 from pyeff.train.meter import Meter
 from pyeff.train.model import load_model
 from pyeff.train.task import Task, encode_task, read_task
@@ -59,7 +60,9 @@ class Job:
                 "use policy: uniform"
             )
         shape = self.loaded.shape
-        train_cost = shape.train_cost(checkpointing=config.gradient_checkpointing)
+        self.step_shape = step_shape(config, self.model, self.task.pool)
+        checkpointing = self.step_shape.checkpointing
+        train_cost = shape.train_cost(checkpointing=checkpointing)
         adapters = 0
         if config.lora is not None:
             self.model = with_lora(self.model, config.lora, seed=config.seed)
@@ -68,12 +71,12 @@ class Job:
                 trainable="lora",
                 lora_rank=config.lora.rank,
                 lora_targets=targets,
-                checkpointing=config.gradient_checkpointing,
+                checkpointing=checkpointing,
                 # Dropout in an adapter runs after its matrix, so the recomputation has no early end.
                 early_stop=config.lora.dropout == 0,
             )
             adapters = shape.layers * sum(2 * config.lora.rank * sum(shape.linears[t]) for t in targets)
-        if config.gradient_checkpointing:
+        if checkpointing:
             recompute_activations(self.model)
         forward = Cost(
             per_token=shape.forward(1, attention_pairs=0, head_tokens=0) + adapters,
@@ -87,7 +90,7 @@ class Job:
         self.optimizer = make_optimizer(config.optimizer, list(self.parameters.values()))
         self.ema = EMA(self.parameters, decay=config.ema_decay)
         self.batches = {
-            name: pack(part, range(len(part)), max_tokens=config.micro_tokens, window=_PACKING_WINDOW)
+            name: pack(part, range(len(part)), max_tokens=self.step_shape.micro_tokens, window=_PACKING_WINDOW)
             for name, part in self.parts().items()
         }
         self.flops = {
@@ -138,7 +141,7 @@ class Job:
         groups: list[list[int]] = []
         for index in by_length:
             width = self.task.holdout[index].prompt_length + self.config.data.max_new_tokens
-            if groups and (len(groups[-1]) + 1) * width <= self.config.micro_tokens:
+            if groups and (len(groups[-1]) + 1) * width <= self.step_shape.micro_tokens:
                 groups[-1].append(index)
             else:
                 groups.append([index])
@@ -149,7 +152,7 @@ class Job:
         micro_batches = pack(
             self.task.pool,
             order.next_batch(self.config.batch_tokens),
-            max_tokens=self.config.micro_tokens,
+            max_tokens=self.step_shape.micro_tokens,
             window=_PACKING_WINDOW,
         )
         flops = sum(self._batch_flops(batch, self.meter.train) for batch in micro_batches)
@@ -187,7 +190,7 @@ class Job:
     def estimates(self) -> dict[str, Any]:
         """What things will cost, in FLOPs, and about how many steps that leaves (None for a time budget)."""
         budget, pool = self.meter.budget, self.task.pool
-        epoch = pack(pool, range(len(pool)), max_tokens=self.config.micro_tokens, window=_PACKING_WINDOW)
+        epoch = pack(pool, range(len(pool)), max_tokens=self.step_shape.micro_tokens, window=_PACKING_WINDOW)
         per_token = sum(self._batch_flops(batch, self.meter.train) for batch in epoch) / pool.tokens
         checks = math.floor((1 - self.config.cooldown) / self.config.governor_config.check_every)
         steps = {

@@ -181,6 +181,7 @@ class _Run:
                 "selection": len(self.task.target),
             },
             estimates=self.job.estimates(),
+            memory=self.job.step_shape.to_dict(),
             threads=torch.get_num_threads(),
         )
         if resumed:

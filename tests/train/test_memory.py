@@ -1,0 +1,111 @@
+"""`memory:` in a run's configuration: what the planner chooses, says, and refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyeff.data import label_positions
+from pyeff.errors import UserError
+from pyeff.memory import measure_step
+from pyeff.train.config import RunConfig, parse_config
+from pyeff.train.evaluate import summed_loss
+from pyeff.train.events import read_events
+from pyeff.train.job import Job
+from pyeff.train.run import train_run
+
+
+@pytest.fixture
+def config(task_config: dict[str, Any], tmp_path: Path) -> Callable[..., RunConfig]:
+    def make(**changes: Any) -> RunConfig:
+        values = copy.deepcopy(
+            {**task_config, "budget": "2k tokens", "policy": "uniform", "out": str(tmp_path / "out")}
+        )
+        del values["micro_batch_tokens"]
+        return parse_config({**values, **changes})
+
+    return make
+
+
+def peak_of(job: Job) -> int:
+    assert job.step_shape.plan is not None
+    return job.step_shape.plan.peak.total
+
+
+def test_less_memory_means_smaller_micro_batches_or_recomputation(config, tmp_path: Path):
+    plenty = Job(config(memory="1GB"), tmp_path)
+    assert not plenty.step_shape.checkpointing
+    least = 0
+    for limit in range(peak_of(plenty) - 1, 0, -20_000):
+        try:
+            job = Job(config(memory=limit), tmp_path)
+        except UserError:
+            break
+        assert peak_of(job) <= limit
+        least += job.step_shape.checkpointing or job.step_shape.micro_tokens < plenty.step_shape.micro_tokens
+    assert least > 0
+
+
+def test_what_the_configuration_names_is_kept(config, tmp_path: Path):
+    chosen = Job(config(memory="1GB", gradient_checkpointing=True, micro_batch_tokens=40), tmp_path).step_shape
+    assert chosen.checkpointing
+    assert chosen.micro_tokens == 40
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 4}}])
+def test_the_predicted_peak_is_that_of_the_fullest_micro_batch(config, tmp_path: Path, changes: dict[str, Any]):
+    job = Job(config(memory="1GB", batch_tokens=64, **changes), tmp_path)
+    micro_batches, _, _ = job.next_batch(_order(job))
+    job.model.train()
+    plan = job.step_shape.plan
+    assert plan is not None
+    beside = plan.peak.parameters + plan.peak.states + plan.peak.other
+    measured = max(measure_step(_OnBatch(job.model), batch, loss=lambda value: value).peak for batch in micro_batches)
+    predicted = max(phase.total for phase in plan.phases[:-1]) - beside
+    # The plan is for a full micro-batch of the most answer tokens and at least two samples; real ones hold less.
+    assert 0.75 * predicted <= measured <= 1.05 * predicted
+
+
+class _OnBatch(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return summed_loss(self.model, batch, label_positions(batch))
+
+
+def _order(job: Job) -> Any:
+    from pyeff.data import DataOrder
+
+    return DataOrder(len(job.task.pool), 0, lengths=job.task.pool.lengths)
+
+
+def test_a_run_says_what_was_planned_and_goes_on_the_same_way(config, tmp_path: Path):
+    limit = peak_of(Job(config(memory="1GB"), tmp_path)) - 1
+    result = train_run(config(memory=limit))
+    start = next(event for event in read_events(result.out / "events.jsonl") if event["kind"] == "start")
+    assert start["memory"]["limit"] == limit
+    assert start["memory"]["predicted_peak"] <= limit
+    assert sum(start["memory"]["by_component"].values()) == start["memory"]["predicted_peak"]
+    assert json.loads((result.out / "result.json").read_text())["config"]["memory"] == limit
+    assert train_run(resume=result.out, config=config(memory=limit)).steps == result.steps
+
+
+def test_too_little_memory_ends_in_one_sentence_with_the_nearest_option(config, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"memory: 100 kB do not hold .* the nearest option needs .* lower data.max_tokens"
+    ):
+        Job(config(memory="100kB"), tmp_path)
+
+
+@pytest.mark.parametrize("size", ["a lot", "-3GB", 0, "0GB", -5])
+def test_a_size_that_is_none_is_refused(config, size: Any):
+    with pytest.raises(UserError, match="memory: memory must be a positive size"):
+        config(memory=size)
