@@ -418,7 +418,8 @@ def _groups(cu_seqlens: Tensor, hidden: Tensor, wanted: _Wanted) -> Iterator[tup
 
 
 def _sent(borders: Tensor, device: torch.device) -> Tensor:
-    sent = borders.to(device)
+    # From pageable memory a copy would wait for the stream.
+    sent = (borders.pin_memory() if device.type == "cuda" else borders).to(device, non_blocking=True)
     remember_borders(sent, borders)
     return sent
 

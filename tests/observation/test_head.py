@@ -88,6 +88,18 @@ def test_norms_are_those_of_single_samples(
     assert_agree(actual, exact, peer)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+def test_norms_on_a_gpu(name: str) -> None:
+    batch = padded_batch()
+    exact, peer = (truth_of(WithLoss(model_named(name, d)), batch, plain_loss) for d in (torch.float64, torch.float32))
+    model = WithLoss(model_named(name, torch.float32)).cuda()
+    moved = {key: value.cuda() for key, value in batch.items()}
+    seen, _ = observed(model, lambda: fused_loss(model, moved).backward())
+    budget = 4 * (peer.grad_norms - exact.grad_norms).abs().max() + 8 * EPS * exact.grad_norms.max()
+    assert (seen.grad_norms.cpu().double() - exact.grad_norms).abs().max() <= budget
+
+
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
 def test_packed_samples_and_kept_tokens(name: str) -> None:
     """Samples of one row, and a loss that counts the tokens of some of them unequally."""
