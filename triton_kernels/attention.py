@@ -56,19 +56,21 @@ class Config:
     num_stages: int
 
 
-def pick_config(head_size: int, dtype: torch.dtype, softcap: bool, capability: tuple[int, int]) -> Config:
-    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet."""
+def pick_config(head_size: int, dtype: torch.dtype, narrow: bool, capability: tuple[int, int]) -> Config:
+    """Tiles by what registers and shared memory hold, as compiled; none of it has been timed on a GPU yet. `narrow`: a
+    window or a softcap, whose arithmetic takes registers of its own."""
     wide = padded_head_size(head_size)
     if dtype == torch.float32:
         # Exact float32 products run on the plain cores and keep both operands in registers.
-        return Config(64, 32, 8, 2) if wide <= 64 else Config(32, 32, 8, 2)
+        return Config(64, 32, 8, 3) if wide <= 64 else Config(32, 16, 8, 3)
     if capability[0] in (9, 10):
-        if wide <= 64:
-            return Config(128, 128, 8, 3)
-        return Config(128, 64 if softcap else 128, 8, 2) if wide == 128 else Config(128, 64, 8, 2)
+        if wide <= 128:
+            # D = 128: 218 registers and 224 of 227 KB for 128 keys; a window would spill 16 bytes, sm_100 376.
+            return Config(128, 64 if narrow or capability[0] == 10 else 128, 8, 3)
+        return Config(128, 32, 8, 3)
     if wide <= 64:
         return Config(128, 64, 4, 3)
-    return Config(128, 64, 8, 3 if capability == (8, 0) else 2) if wide == 128 else Config(64, 32, 8, 2)
+    return Config(128, 64, 8, 3) if wide == 128 else Config(64, 32, 8, 3)
 
 
 @triton.jit
@@ -311,7 +313,7 @@ def attention(
     """
     q, k, v = (dense(t) for t in (q, k, v))
     heads, head_size = q.shape[-2:]
-    config = config or pick_config(head_size, q.dtype, softcap is not None, capability_of(q))
+    config = config or pick_config(head_size, q.dtype, window is not None or softcap is not None, capability_of(q))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=torch.float32, device=q.device)
     cu_q, cu_k = borders(q.device, cu_seqlens, cu_seqlens_k)

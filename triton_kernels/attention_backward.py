@@ -6,10 +6,10 @@ With P_ij = e^(S_ij - lse_i) for the keys j that query i sees, gradients dO of o
     delta_i = dO_i . out_i - dl_i,   dS = P * (dO V^T - delta) [* (1 - (S / c)^2)]
     dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO,    the last two summed over the heads that share a key head.
 
-Two launches. `query_gradients`: a program holds BM queries of one head and walks the keys they see; it forms delta
-first and leaves it for the other. `key_gradients`: a program holds BN keys of one key head and walks, for every query
-head of its group, the queries that see them. Walks are masked only where not all of a tile see all of the other. No
-atomics: the same bits in every run, at the price of forming S and dO V^T twice.
+Two launches. `query_gradients`: a program holds BM queries of one head and walks the keys they see, with a mask only
+where not all of them see all; it forms delta first and leaves it, with lse, for the other, in rows where every sample
+begins at a tile. `key_gradients`: a program holds BN keys of one key head and walks, for every query head of its group,
+the queries that see them. No atomics: the same bits in every run, at the price of forming S and dO V^T twice.
 
 Cost: 14 D FLOPs and two exponentials for each query, head and key it sees, where atomics would need 10 and one.
 Traffic from memory: q, dO, k and v twice, while those of a head stay in the L2 cache; out, dQ, dK, dV once. Dao 2023,
@@ -57,24 +57,33 @@ class Config:
 
 
 def pick_configs(
-    head_size: int, dtype: torch.dtype, softcap: bool, capability: tuple[int, int]
+    head_size: int, dtype: torch.dtype, window: bool, softcap: bool, capability: tuple[int, int]
 ) -> tuple[Config, Config]:
     """Of `query_gradients` and `key_gradients`, by what registers and shared memory hold, as compiled; none of it has
     been timed on a GPU yet."""
     wide = padded_head_size(head_size)
     if dtype == torch.float32:
-        return (Config(32, 32, 8, 2), Config(32, 32, 8, 2)) if wide <= 64 else (Config(16, 16, 8, 1),) * 2
+        # Exact float32 products run on the plain cores and keep both operands in registers.
+        return (Config(32, 32, 8, 3), Config(32, 32, 8, 3)) if wide <= 64 else (Config(16, 16, 8, 3),) * 2
     if capability[0] in (9, 10):
         if wide <= 64:
             return Config(128, 64, 8, 3), Config(64, 128, 8, 3)
         if wide == 128:
-            return Config(128, 64, 8, 2), Config(64, 128, 8, 2)
-        return Config(64, 64, 8, 1), Config(64, 64, 8, 1)
+            # `key_gradients` with 64 queries spills 8 bytes, `query_gradients` with a window and 64 keys 48; the
+            # softcap's slope takes as many registers as the logits.
+            return Config(128, 32 if window else 64, 8, 3), Config(
+                32, 64 if softcap or capability[0] == 10 else 128, 8, 3
+            )
+        # Two accumulators of 64 keys do not fit, and 32 are too few for wgmma.
+        return Config(64, 32, 8, 3), Config(32, 32, 8, 3)
     if wide <= 64:
-        return Config(128, 32, 8, 3), Config(32, 128, 8, 3)
+        return Config(128, 64, 8, 3), Config(64, 128, 8, 3)
     if wide == 128:
-        return Config(128, 32, 8, 2), Config(32, 128, 8, 2)
-    return Config(64, 32, 8, 1), Config(32, 64, 8, 1)
+        # The second keeps to the 100 KB of shared memory that sm_86, sm_89 and sm_120 have.
+        if capability == (8, 0):
+            return Config(64, 64, 8, 3), Config(64, 64, 8, 3)
+        return Config(128, 32, 8, 3), Config(32, 64, 8, 3)
+    return Config(32, 32, 8, 3), Config(32, 32, 8, 3)
 
 
 @triton.jit
@@ -87,13 +96,6 @@ def probabilities(b_dot, b_lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
         b_slope = 1.0
         b_p = tl.exp2(b_dot * scale - b_lse)
     return b_p, b_slope
-
-
-@triton.jit
-def load_lse(p, m):
-    """lse of some queries in units of log 2; infinite where there is no query or it sees nothing, so that P is 0."""
-    b = tl.load(p, mask=m, other=INFINITE)
-    return tl.where(b == NEVER, INFINITE, b * LOG2_E)
 
 
 @triton.jit
@@ -151,7 +153,7 @@ def query_gradients(
     p_grad,
     p_lse,
     p_grad_lse,
-    p_delta,
+    p_rows,
     p_dq,
     p_cu_q,
     p_cu_k,
@@ -224,8 +226,13 @@ def query_gradients(
     b_delta = tl.sum(b_g.to(tl.float32) * b_out.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
-    tl.store(p_delta + o_lse, b_delta, mask=m_m)
-    b_lse = load_lse(p_lse + o_lse, m_m)
+    # Infinite where there is no query or it sees nothing, so that P is 0; in units of log 2.
+    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INFINITE)
+    b_lse = tl.where(b_lse == NEVER, INFINITE, b_lse * LOG2_E)
+    # rows: [2, B, H, tiles * BM] or [2, H, tiles * BM], lse and delta with every sample beginning at a tile
+    p_row = p_rows + tl.full([], i, tl.int64) * BM + r_m
+    tl.store(p_row, b_lse)
+    tl.store(p_row + tl.full([], tl.num_programs(0), tl.int64) * BM, b_delta)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
     o_position = first + r_m + length_k - length_q
@@ -322,66 +329,12 @@ def query_gradients(
 
 
 @triton.jit
-def walk_queries(
-    b_dk,
-    b_dv,
-    b_k,
-    b_v,
-    p_q,
-    p_grad,
-    p_lse,
-    p_delta,
-    o_q,
-    o_g,
-    s_qt,
-    s_gt,
-    o_key,
-    offset,
-    begin,
-    end,
-    length_q,
-    length_k,
-    window,
-    scale,
-    softcap,
-    D,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    r_m = tl.arange(0, BM)
-    r_d = tl.arange(0, BD)
-    for m in range(begin, end, BM):
-        b_q = load_rows(p_q + tl.full([], m, tl.int64) * s_qt, o_q, r_m, length_q - m, r_d, D, MASKED, EVEN_D)
-        b_g = load_rows(p_grad + tl.full([], m, tl.int64) * s_gt, o_g, r_m, length_q - m, r_d, D, MASKED, EVEN_D)
-        m_m = m + r_m < length_q
-        b_lse = load_lse(p_lse + m + r_m, m_m)
-        b_delta = tl.load(p_delta + m + r_m, mask=m_m, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-        b_p, b_slope = probabilities(b_s, b_lse[None, :], scale, softcap, HAS_SOFTCAP)
-        if MASKED:
-            m_s = sees((m + r_m + offset)[None, :], o_key[:, None], length_k, window, CAUSAL, HAS_WINDOW)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)  # [BN, BD]
-        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)  # [BN, BM]
-        b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)  # [BN, BD]
-    return b_dk, b_dv
-
-
-@triton.jit
 def key_gradients(
     p_q,
     p_k,
     p_v,
     p_grad,
-    p_lse,
-    p_delta,
+    p_rows,
     p_dk,
     p_dv,
     p_cu_q,
@@ -393,6 +346,7 @@ def key_gradients(
     S,
     steps,
     tiles,
+    row_tiles,
     T,
     U,
     G,
@@ -412,6 +366,7 @@ def key_gradients(
     s_gh,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BLOCK: tl.constexpr,
     BD: tl.constexpr,
     OFFSET: tl.constexpr,
     PACKED: tl.constexpr,
@@ -444,108 +399,31 @@ def key_gradients(
     b_dv = tl.zeros([BN, BD], tl.float32)
     o_key = first + r_n
     offset = length_k - length_q
-    begin, plain, plain_end, end = queries_of(first, length_q, length_k, window, BM, BN, CAUSAL, HAS_WINDOW)
-    for i_member in range(0, HEADS_PER_KEY):
-        h_64 = g_64 * HEADS_PER_KEY + i_member
-        p_q_h = p_q + b_64 * s_qb + start_q * s_qt + h_64 * s_qh
-        p_g_h = p_grad + b_64 * s_gb + start_q * s_gt + h_64 * s_gh
-        o_lse = (b_64 * G * HEADS_PER_KEY + h_64) * T + start_q
-        b_dk, b_dv = walk_queries(
-            b_dk,
-            b_dv,
-            b_k,
-            b_v,
-            p_q_h,
-            p_g_h,
-            p_lse + o_lse,
-            p_delta + o_lse,
-            o_q,
-            o_g,
-            s_qt,
-            s_gt,
-            o_key,
-            offset,
-            begin,
-            plain,
-            length_q,
-            length_k,
-            window,
-            scale,
-            softcap,
-            D,
-            BM,
-            BD,
-            EVEN_D,
-            CAUSAL,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            True,
-            PRECISION,
-        )
-        b_dk, b_dv = walk_queries(
-            b_dk,
-            b_dv,
-            b_k,
-            b_v,
-            p_q_h,
-            p_g_h,
-            p_lse + o_lse,
-            p_delta + o_lse,
-            o_q,
-            o_g,
-            s_qt,
-            s_gt,
-            o_key,
-            offset,
-            plain,
-            plain_end,
-            length_q,
-            length_k,
-            window,
-            scale,
-            softcap,
-            D,
-            BM,
-            BD,
-            EVEN_D,
-            CAUSAL,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            False,
-            PRECISION,
-        )
-        b_dk, b_dv = walk_queries(
-            b_dk,
-            b_dv,
-            b_k,
-            b_v,
-            p_q_h,
-            p_g_h,
-            p_lse + o_lse,
-            p_delta + o_lse,
-            o_q,
-            o_g,
-            s_qt,
-            s_gt,
-            o_key,
-            offset,
-            plain_end,
-            end,
-            length_q,
-            length_k,
-            window,
-            scale,
-            softcap,
-            D,
-            BM,
-            BD,
-            EVEN_D,
-            CAUSAL,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            True,
-            PRECISION,
-        )
+    # lse and delta as `query_gradients` left them, by tiles of BLOCK queries
+    first_row_tile = start_q // BLOCK + i_s if PACKED else tl.full([], 0, tl.int64)
+    s_rows = tl.full([], row_tiles, tl.int64) * BLOCK * (tl.num_programs(0) // tiles * HEADS_PER_KEY)
+    begin, end = queries_of(first, length_q, length_k, window, BM, BN, CAUSAL, HAS_WINDOW)
+    # The query heads of the group, one after the other, in one loop: nested ones spill.
+    walk = tl.cdiv(end - begin, BM)
+    for j in range(0, walk * HEADS_PER_KEY):
+        m = tl.multiple_of(begin + j % walk * BM, BM)
+        h_64 = g_64 * HEADS_PER_KEY + j // walk
+        p_q_h = p_q + b_64 * s_qb + (start_q + m) * s_qt + h_64 * s_qh
+        p_g_h = p_grad + b_64 * s_gb + (start_q + m) * s_gt + h_64 * s_gh
+        b_q = load_rows(p_q_h, o_q, r_m, length_q - m, r_d, D, True, EVEN_D)  # [BM, BD]
+        b_g = load_rows(p_g_h, o_g, r_m, length_q - m, r_d, D, True, EVEN_D)  # [BM, BD]
+        p_row = p_rows + ((b_64 * G * HEADS_PER_KEY + h_64) * row_tiles + first_row_tile) * BLOCK + m + r_m
+        b_lse = tl.load(p_row)
+        b_delta = tl.load(p_row + s_rows)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_p, b_slope = probabilities(b_s, b_lse[None, :], scale, softcap, HAS_SOFTCAP)
+        if CAUSAL or HAS_WINDOW:
+            m_s = sees((m + r_m + offset)[None, :], o_key[:, None], length_k, window, CAUSAL, HAS_WINDOW)
+            b_p = tl.where(m_s, b_p, 0.0)
+        b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)  # [BN, BD]
+        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)  # [BN, BM]
+        b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)  # [BN, BD]
 
     # dk and dv: [B, U, G, D] or [M, G, D]
     m_out = (o_key < length_k)[:, None] & (r_d < D)[None, :]
@@ -573,17 +451,19 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, contiguous, in the dtypes of q, k and v, from what `attention` returned.
 
-    Beside them: delta, 4 bytes for each query and head. float32 products are exact unless
-    torch.backends.cuda.matmul.allow_tf32.
+    `configs` are of `query_gradients` and `key_gradients`; the second's queries of a tile divide the first's. Beside
+    the results: lse and delta, 8 bytes for each query and head, more where samples are short. float32 products are
+    exact unless torch.backends.cuda.matmul.allow_tf32.
     """
     grad_out, q, k, v = (dense(t) for t in (grad_out, q, k, v))
     out, lse = out.contiguous(), lse.contiguous()
     packed = cu_seqlens is not None
     heads, head_size = q.shape[-2:]
     key_heads = k.shape[-2]
-    of_queries, of_keys = configs or pick_configs(head_size, q.dtype, softcap is not None, capability_of(q))
+    of_queries, of_keys = configs or pick_configs(
+        head_size, q.dtype, window is not None, softcap is not None, capability_of(q)
+    )
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     cu_q, cu_k = borders(q.device, cu_seqlens, cu_seqlens_k)
     batch = 1 if packed else q.shape[0]
     numbers = (*scales(scale, softcap), scale, 0 if window is None else min(window, WIDEST_WINDOW))
@@ -600,8 +480,9 @@ def attention_backward(
         "PRECISION": precision(),
     }
     with on_device_of(q):
-        tiles, steps = tiles_of(q, cu_seqlens, of_queries.bm)
-        query_gradients[(tiles * heads * batch,)](
+        row_tiles, steps = tiles_of(q, cu_seqlens, of_queries.bm)
+        rows = torch.empty(2, batch * heads * row_tiles * of_queries.bm, dtype=torch.float32, device=q.device)
+        query_gradients[(row_tiles * heads * batch,)](
             q,
             k,
             v,
@@ -609,14 +490,14 @@ def attention_backward(
             grad_out,
             lse,
             grad_lse if grad_lse is None else grad_lse.contiguous(),
-            delta,
+            rows,
             dq,
             cu_q,
             cu_k,
             *numbers,
             samples,
             steps,
-            tiles,
+            row_tiles,
             *shapes,
             heads,
             head_size,
@@ -636,8 +517,7 @@ def attention_backward(
             k,
             v,
             grad_out,
-            lse,
-            delta,
+            rows,
             dk,
             dv,
             cu_q,
@@ -646,6 +526,7 @@ def attention_backward(
             samples,
             steps,
             tiles,
+            row_tiles,
             *shapes,
             key_heads,
             head_size,
@@ -653,6 +534,7 @@ def attention_backward(
             *every_stride,
             BM=of_keys.bm,
             BN=of_keys.bn,
+            BLOCK=of_queries.bm,
             OFFSET=offset_type(max(of_keys.bm, of_keys.bn), q, k, v, grad_out),
             num_warps=of_keys.num_warps,
             num_stages=of_keys.num_stages,

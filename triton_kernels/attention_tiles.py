@@ -104,28 +104,20 @@ def queries_of(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Where the walk over queries begins, where its plain part does, where that ends, and the end. The tile's keys are
-    first .. first + BN - 1."""
+    """Where the walk over queries begins, a multiple of BM, and ends. The tile's keys are first .. first + BN - 1."""
     offset = length_k - length_q
     last = tl.minimum(first + BN, length_k) - 1
     begin = 0
-    plain = 0
     end = length_q
-    plain_end = length_q
     if HAS_WINDOW:
-        begin = tl.maximum(begin, first - offset - window + 1)
-        plain = last - offset - window + 1
+        begin = first - offset - window + 1
         end = tl.minimum(end, last - offset + window)
-        plain_end = tl.minimum(plain_end, first - offset + window)
     if CAUSAL:
-        begin = tl.maximum(0, first - offset)
-        plain = last - offset
+        begin = first - offset
     # A tile past the end of its sample has nothing to walk.
     end = tl.where(first < length_k, tl.maximum(end, 0), 0)
-    begin = tl.minimum(begin, end)
-    plain = tl.minimum(begin + tl.cdiv(tl.maximum(plain - begin, 0), BM) * BM, end)
-    plain_end = plain + tl.maximum(plain_end - plain, 0) // BM * BM
-    return begin, plain, tl.minimum(plain_end, end), end
+    begin = tl.minimum(tl.maximum(begin, 0), end) // BM * BM
+    return begin, end
 
 
 @triton.jit
