@@ -1,4 +1,4 @@
-"""The `pyeff` command: train under a budget, report, compare, and say what is installed."""
+"""The `pyeff` command: train under a budget, score samples, report, compare, and say what is installed."""
 
 from __future__ import annotations
 

@@ -113,3 +113,14 @@ def test_the_example_scores_the_pool_of_the_demo() -> None:
     demo = load_config(EXAMPLE.with_name("smollm2.yaml"))
     assert settings.data.pool == demo.data.pool
     assert settings.model == demo.model
+
+
+def test_an_interrupted_scoring_exits_with_130_and_says_how_to_go_on(config: Path, monkeypatch, capsys) -> None:
+    import pyeff.train.score
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pyeff.train.score, "score_samples", stop)
+    assert run_app(["score", str(config)]) == 130
+    assert "--resume goes on" in capsys.readouterr().err
