@@ -98,8 +98,28 @@ def gram_norms(dtype: torch.dtype, *, features: int = 4096, tokens: int = 2048) 
 
 
 
+def attention(dtype: torch.dtype, *, head_size: int = 128, packed: bool = False, **options: Any) -> None:
+    """Attention of 8192 tokens by 32 heads over 8 of keys, and its backward."""
+    from pyeff.triton_kernels import attention as forward
+    from pyeff.triton_kernels import attention_backward as backward
+
+    batch = () if packed else (4,)
+    q = torch.empty(*batch, 8192, 32, head_size, dtype=dtype, device="meta")
+    k = torch.empty(*batch, 8192, 8, head_size, dtype=dtype, device="meta")
+    if packed:
+        options["cu_seqlens"] = torch.empty(9, dtype=torch.int32, device="meta")
+    out, lse = forward.attention(q, k, k, scale=0.1, **options)
+    backward.attention_backward(out, q, k, k, out, lse, scale=0.1, **options)
+
+
 # One entry for every way in which a launcher specialises its kernels so that registers or the pipeline could change.
 CASES: dict[str, Callable[[], None]] = {
+    "attention.bf16_64": partial(attention, torch.bfloat16, head_size=64),
+    "attention.bf16_256": partial(attention, torch.bfloat16, head_size=256),
+    "attention.bf16_packed": partial(attention, torch.bfloat16, packed=True),
+    "attention.bf16_softcap": partial(attention, torch.bfloat16, softcap=30.0),
+    "attention.fp16_80_window": partial(attention, torch.float16, head_size=80, window=1024),
+    "attention.fp32": partial(attention, torch.float32),
     "linear_cross_entropy_scores.bf16": partial(linear_cross_entropy_scores, torch.bfloat16),
     "linear_cross_entropy_scores.bf16_softcap": partial(linear_cross_entropy_scores, torch.bfloat16, softcapped=True),
     "linear_cross_entropy_scores.fp16_ragged": partial(linear_cross_entropy_scores, torch.float16, d=1040),
@@ -185,6 +205,7 @@ def facts(kernel: Any) -> dict[str, Any]:
         "bulk_copies": "cp.async.bulk" in ptx,
         # cp.async.cg moves sixteen bytes; narrower copies are .ca: a divisibility hint got lost.
         "narrow_copies": "cp.async.ca.shared" in ptx,
+        "wide_copies": "cp.async.cg.shared" in ptx,
         "tensor_core": next((name for name in TENSOR_CORE if name in ptx), None),
     }
 
