@@ -178,8 +178,8 @@ def finish(
         sum_chunks[(chunks.samples, triton.cdiv(d, bc))](
             sums, chunks.first_chunks, grads, d, BR=min(br, 16), BC=bc, num_warps=WARPS
         )
-    empty = grads.new_empty(0)
-    return grads.sum(0), grads.square().sum(1) if norms else empty, grads if sample_grads else empty
+    norms_sq = grads.square().sum(1) if norms else grads.new_empty(0)
+    return grads.sum(0), norms_sq, grads if sample_grads else grads.new_empty(0)
 
 
 def vector_grad(

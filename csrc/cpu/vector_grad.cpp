@@ -23,7 +23,7 @@ struct Chunks {
     std::vector<int64_t> first;  // [samples + 1]
 
     explicit Chunks(const VectorSamples& s) {
-        const int64_t rows = std::max(VECTOR_CHUNK_ROWS, VECTOR_CHUNK / std::max(s.d, int64_t{1}));
+        const int64_t rows = s.d == 1 ? SCALAR_CHUNK : VECTOR_CHUNK_ROWS;
         first.push_back(0);
         for (int64_t sample = 0; sample < s.samples; ++sample) {
             for (int64_t t = s.borders[sample]; t < s.borders[sample + 1]; t += rows)
@@ -100,6 +100,29 @@ struct Sum {
     float whole() const { return sum_of((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])); }
 };
 
+void add_to(float* sum, const float* x, int64_t n) {
+    for (int64_t j = 0; j < n; j += LANES) store(sum + j, load(sum + j) + load(x + j));
+}
+
+// Rows of one number that stand side by side are a vector themselves.
+template <class T, bool SCALE>
+void sum_scalars(const VectorProblem& p, const Chunk& chunk, float* sum, float* copies) {
+    const int64_t block = 4 * STEP;
+    float *g = copies, *x = SCALE ? copies + block : g;
+    Sum whole;
+    for (int64_t t = chunk.from; t < chunk.to; t += block) {
+        const int64_t n = std::min(block, chunk.to - t);
+        widen(static_cast<const T*>(p.g.rows) + t, n, g);
+        std::fill(g + n, g + padded(n), 0.0f);
+        if (SCALE) widen(static_cast<const T*>(p.x.rows) + t, n, x);
+        if (SCALE) std::fill(x + n, x + padded(n), 0.0f);
+        for (int64_t j = 0; j < n; j += STEP)
+            for (int i = 0; i < 4; ++i) whole.add(i, term<SCALE>(g + j + i * LANES, x + j + i * LANES));
+    }
+    std::fill(sum, sum + padded(1), 0.0f);
+    sum[0] = whole.whole();
+}
+
 double square_of(const float* x, int64_t n) {
     double whole = 0.0;
     for (int64_t from = 0; from < n; from += 4096) {
@@ -120,8 +143,13 @@ void finish(const VectorSamples& s, const Chunks& chunks, float* sums, const Vec
     for (int64_t sample = 0; sample < s.samples; ++sample) {
         float* sum = sums + chunks.first[sample] * n;
         const bool empty = chunks.first[sample] == chunks.first[sample + 1];
-        for (int64_t chunk = chunks.first[sample] + 1; chunk < chunks.first[sample + 1]; ++chunk)
-            for (int64_t j = 0; j < n; j += LANES) store(sum + j, load(sum + j) + load(sums + chunk * n + j));
+        // Two levels of sums, here and below: one loses the digits of many summands.
+        for (int64_t first = chunks.first[sample]; first < chunks.first[sample + 1]; first += 64) {
+            float* part = sums + first * n;
+            for (int64_t chunk = first + 1; chunk < std::min(first + 64, chunks.first[sample + 1]); ++chunk)
+                add_to(part, sums + chunk * n, n);
+            if (part != sum) add_to(sum, part, n);
+        }
         if (result.norms_sq != nullptr) result.norms_sq[sample] = empty ? 0.0f : static_cast<float>(square_of(sum, n));
         if (result.sums != nullptr) {
             float* to = result.sums + sample * d;
@@ -137,15 +165,14 @@ void finish(const VectorSamples& s, const Chunks& chunks, float* sums, const Vec
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t from = block * STEP;
         alignas(64) float whole[STEP] = {}, part[STEP];
-        // Two levels of sums, or many samples would lose digits.
         for (int64_t first = 0; first < s.samples; first += 64) {
             std::fill(part, part + STEP, 0.0f);
             for (int64_t sample = first; sample < std::min(first + 64, s.samples); ++sample) {
                 if (chunks.first[sample] == chunks.first[sample + 1]) continue;
                 const float* sum = sums + chunks.first[sample] * n + from;
-                for (int i = 0; i < STEP; i += LANES) store(part + i, load(part + i) + load(sum + i));
+                add_to(part, sum, STEP);
             }
-            for (int i = 0; i < STEP; i += LANES) store(whole + i, load(whole + i) + load(part + i));
+            add_to(whole, part, STEP);
         }
         std::copy(whole, whole + std::min(STEP, d - from), result.total + from);
     }
@@ -167,12 +194,11 @@ void for_chunks(const Chunks& chunks, int64_t elements, int64_t rows, int64_t n,
 template <class T>
 void sum_chunks(const VectorProblem& p, const Chunks& chunks, float* sums, int threads) {
     const int64_t n = padded(p.s.d);
-    for_chunks(chunks, p.s.borders[p.s.samples] * n, 8, n, threads, [&](int64_t i, float* copies) {
-        if (p.x.rows != nullptr)
-            sum_chunk<T, true>(p, chunks.list[i], sums + i * n, copies);
-        else
-            sum_chunk<T, false>(p, chunks.list[i], sums + i * n, copies);
-    });
+    const bool scalars = p.s.d == 1 && p.g.stride == 1 && (p.x.rows == nullptr || p.x.stride == 1);
+    const auto sum = p.x.rows != nullptr ? (scalars ? sum_scalars<T, true> : sum_chunk<T, true>)
+                                         : (scalars ? sum_scalars<T, false> : sum_chunk<T, false>);
+    for_chunks(chunks, p.s.borders[p.s.samples] * n, 8, n, threads,
+               [&](int64_t i, float* copies) { sum(p, chunks.list[i], sums + i * n, copies); });
 }
 
 // x - mean in place of x, and the inverse deviation.

@@ -6,9 +6,9 @@
 
 namespace pyeff {
 
-// Rows of one sample are summed in chunks of this many elements or 64 rows, whichever is more: the unit of work of a
+// Rows of one sample are summed in chunks of so many (of rows of one number, of so many numbers): the unit of work of a
 // thread, so that results do not depend on the number of threads.
-constexpr int64_t VECTOR_CHUNK_ROWS = 64, VECTOR_CHUNK = 8192;
+constexpr int64_t VECTOR_CHUNK_ROWS = 64, SCALAR_CHUNK = 8192;
 
 // What is written of a vector [d]; each may be null. With D_s the sum over the tokens of sample s:
 //     total [d] = sum_s D_s,   norms_sq [samples] = |D_s|^2,   sums [samples, d] = D_s

@@ -154,7 +154,7 @@ def plain_rows(rows: Tensor) -> Tensor:
     """Rows [N, d] as the C++ kernels read them: float32 or bfloat16, each row contiguous."""
     if rows.dtype == torch.float16:
         return rows.to(torch.float32, memory_format=torch.contiguous_format)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 and (rows.shape[1] > 1 or rows.stride(0) == 1) else rows.contiguous()
 
 
 def _fake(

@@ -43,7 +43,6 @@ def norm_layer_grad(
     inverse = (x.square().mean(1) + eps).rsqrt() if rstd is None else rstd.reshape(-1).to(dtype)
     inverse = inverse.unsqueeze(1)
     normed = x * inverse
-    empty = x.new_zeros(0)
     grad_x = inputs.new_zeros(0)
     if input_grad:
         inner = g if weight is None else g * weight.to(dtype)
@@ -51,8 +50,10 @@ def norm_layer_grad(
         if center:
             pulled = pulled - inner.mean(1, keepdim=True)
         grad_x = (pulled * inverse).to(inputs.dtype)
-    nothing = (empty, empty, empty)
-    options = {"norms": norms, "sample_grads": sample_grads}
-    of_weight = sums_by_sample(g * normed, cu_seqlens, **options) if weight_grad else nothing
-    of_bias = sums_by_sample(g, cu_seqlens, **options) if bias_grad else nothing
-    return (grad_x, *of_weight, *of_bias)
+    found = [grad_x]
+    for wanted, terms in ((weight_grad, g * normed), (bias_grad, g)):
+        if wanted:
+            found += sums_by_sample(terms, cu_seqlens, norms=norms, sample_grads=sample_grads)
+        else:
+            found += [x.new_zeros(0) for _ in range(3)]
+    return tuple(found)

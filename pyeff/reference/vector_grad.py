@@ -39,5 +39,5 @@ def sums_by_sample(
     """The sum of all rows of `terms` [N, d], its samples' squared norms [S] and the samples' sums [S, d] themselves."""
     sums = [terms[start:end].sum(0) for start, end in pairwise(cu_seqlens.tolist())]
     grads = torch.stack(sums) if sums else terms.new_zeros(0, terms.shape[1])
-    empty = grads.new_zeros(0)
-    return grads.sum(0), grads.square().sum(1) if norms else empty, grads if sample_grads else empty
+    norms_sq = grads.square().sum(1) if norms else grads.new_zeros(0)
+    return grads.sum(0), norms_sq, grads if sample_grads else grads.new_zeros(0)

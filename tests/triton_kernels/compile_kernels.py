@@ -98,28 +98,42 @@ def gram_norms(dtype: torch.dtype, *, features: int = 4096, tokens: int = 2048) 
 
 
 
-def attention(dtype: torch.dtype, *, head_size: int = 128, packed: bool = False, **options: Any) -> None:
-    """Attention of 8192 tokens by 32 heads over 8 of keys, and its backward."""
-    from pyeff.triton_kernels import attention as forward
-    from pyeff.triton_kernels import attention_backward as backward
+def vector_grad(dtype: torch.dtype, *, features: int = 4096, gain: bool = True) -> None:
+    """The gradient of a vector that acts on 16384 tokens in 8 samples."""
+    from pyeff.triton_kernels import vector_grad as module
 
-    batch = () if packed else (4,)
-    q = torch.empty(*batch, 8192, 32, head_size, dtype=dtype, device="meta")
-    k = torch.empty(*batch, 8192, 8, head_size, dtype=dtype, device="meta")
-    if packed:
-        options["cu_seqlens"] = torch.empty(9, dtype=torch.int32, device="meta")
-    out, lse = forward.attention(q, k, k, scale=0.1, **options)
-    backward.attention_backward(out, q, k, k, out, lse, scale=0.1, **options)
+    grad_outputs = torch.empty(16384, features, dtype=dtype, device="meta")
+    chunks = module.chunks_of(torch.arange(0, 16385, 2048), torch.device("cpu"))
+    module.vector_grad(grad_outputs, chunks, inputs=grad_outputs if gain else None)
+
+
+def norm_layer_grad(dtype: torch.dtype, *, features: int = 4096, center: bool = False, kept: bool = False) -> None:
+    """The backward pass of a norm layer for 16384 tokens in 8 samples, perhaps with statistics that were kept."""
+    from pyeff.triton_kernels import norm_layer_grad as module
+    from pyeff.triton_kernels.vector_grad import chunks_of
+
+    inputs = torch.empty(16384, features, dtype=dtype, device="meta")
+    weight = torch.empty(features, dtype=dtype, device="meta")
+    rstd = torch.empty(16384, device="meta") if kept else None
+    chunks = chunks_of(torch.arange(0, 16385, 2048), torch.device("cpu"))
+    statistics = {"rstd": rstd, "mean": rstd if center else None}
+    module.norm_layer_grad(
+        inputs, inputs, chunks, weight=weight, center=center, eps=1e-5, bias_grad=center, **statistics
+    )
+
+
+def embedding_grad(dtype: torch.dtype) -> None:
+    """The gradient of a table for 16384 tokens in 8 samples."""
+    from pyeff.triton_kernels import embedding_grad as module
+
+    index = torch.empty(16384, dtype=torch.int64, device="meta")
+    grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
+    module.embedding_grad(index, index, grad_outputs, cu_seqlens, 131072, -1)
 
 
 # One entry for every way in which a launcher specialises its kernels so that registers or the pipeline could change.
 CASES: dict[str, Callable[[], None]] = {
-    "attention.bf16_64": partial(attention, torch.bfloat16, head_size=64),
-    "attention.bf16_256": partial(attention, torch.bfloat16, head_size=256),
-    "attention.bf16_packed": partial(attention, torch.bfloat16, packed=True),
-    "attention.bf16_softcap": partial(attention, torch.bfloat16, softcap=30.0),
-    "attention.fp16_80_window": partial(attention, torch.float16, head_size=80, window=1024),
-    "attention.fp32": partial(attention, torch.float32),
     "linear_cross_entropy_scores.bf16": partial(linear_cross_entropy_scores, torch.bfloat16),
     "linear_cross_entropy_scores.bf16_softcap": partial(linear_cross_entropy_scores, torch.bfloat16, softcapped=True),
     "linear_cross_entropy_scores.fp16_ragged": partial(linear_cross_entropy_scores, torch.float16, d=1040),
@@ -147,6 +161,19 @@ CASES: dict[str, Callable[[], None]] = {
     "gram_norms.bf16_short": partial(gram_norms, torch.bfloat16, tokens=64),
     "gram_norms.fp16_ragged": partial(gram_norms, torch.float16, features=1040),
     "gram_norms.fp32": partial(gram_norms, torch.float32),
+    "vector_grad.bf16": partial(vector_grad, torch.bfloat16),
+    "vector_grad.bf16_offset": partial(vector_grad, torch.bfloat16, gain=False),
+    "vector_grad.fp32": partial(vector_grad, torch.float32),
+    "norm_layer_grad.bf16": partial(norm_layer_grad, torch.bfloat16),
+    "norm_layer_grad.bf16_center": partial(norm_layer_grad, torch.bfloat16, center=True),
+    "norm_layer_grad.bf16_kept": partial(norm_layer_grad, torch.bfloat16, center=True, kept=True),
+    # The widest rows that keep their sums in registers, rows that do not, and those of one head.
+    "norm_layer_grad.fp32_8192": partial(norm_layer_grad, torch.float32, features=8192, center=True),
+    "norm_layer_grad.fp32_16384": partial(norm_layer_grad, torch.float32, features=16384),
+    "norm_layer_grad.bf16_16384": partial(norm_layer_grad, torch.bfloat16, features=16384, center=True),
+    "norm_layer_grad.fp32_64": partial(norm_layer_grad, torch.float32, features=64, center=True),
+    "embedding_grad.bf16": partial(embedding_grad, torch.bfloat16),
+    "embedding_grad.fp32": partial(embedding_grad, torch.float32),
 }
 
 
@@ -205,7 +232,6 @@ def facts(kernel: Any) -> dict[str, Any]:
         "bulk_copies": "cp.async.bulk" in ptx,
         # cp.async.cg moves sixteen bytes; narrower copies are .ca: a divisibility hint got lost.
         "narrow_copies": "cp.async.ca.shared" in ptx,
-        "wide_copies": "cp.async.cg.shared" in ptx,
         "tensor_core": next((name for name in TENSOR_CORE if name in ptx), None),
     }
 
