@@ -82,6 +82,11 @@ class LanguageScoring:
     ) -> None:
         from pyeff.data.packing import pack
 
+        if not hasattr(without_adapters(model), "get_output_embeddings"):
+            raise TypeError(
+                f"model must be a causal language model of transformers to score {type(dataset).__name__}, got "
+                f"{type(model).__name__}"
+            )
         self.model, self.device = model, device_of(model)
         encoded = _encoded(dataset, tokenizer, batch_tokens)
         if not encoded:

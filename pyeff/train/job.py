@@ -17,6 +17,7 @@ from pyeff.data import DataOrder, EncodedSamples, PackedBatch, label_positions, 
 from pyeff.errors import UserError
 from pyeff.governor import Cost, format_amount
 from pyeff.scoring import PoolScores, score_batches
+from pyeff.scoring.language import PACKING_WINDOW
 from pyeff.scoring.language_model import check_head, check_packing, head_weight, last_hidden_state
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.build import lora_linears, make_optimizer, own_memory, recompute_activations, with_lora
@@ -27,9 +28,6 @@ from pyeff.train.memory import step_shape
 from pyeff.train.meter import Meter
 from pyeff.train.model import load_model
 from pyeff.train.task import Task, encode_task, read_task
-
-# First fit over this many open batches: the samples of one pass may be packed in any order.
-_PACKING_WINDOW = 16
 
 
 class Job:
@@ -90,7 +88,7 @@ class Job:
         self.optimizer = make_optimizer(config.optimizer, list(self.parameters.values()))
         self.ema = EMA(self.parameters, decay=config.ema_decay)
         self.batches = {
-            name: pack(part, range(len(part)), max_tokens=self.step_shape.micro_tokens, window=_PACKING_WINDOW)
+            name: pack(part, range(len(part)), max_tokens=self.step_shape.micro_tokens, window=PACKING_WINDOW)
             for name, part in self.parts().items()
         }
         self.flops = {
@@ -153,7 +151,7 @@ class Job:
             self.task.pool,
             order.next_batch(self.config.batch_tokens),
             max_tokens=self.step_shape.micro_tokens,
-            window=_PACKING_WINDOW,
+            window=PACKING_WINDOW,
         )
         flops = sum(self._batch_flops(batch, self.meter.train) for batch in micro_batches)
         return micro_batches, sum(batch.tokens for batch in micro_batches), flops
@@ -190,7 +188,7 @@ class Job:
     def estimates(self) -> dict[str, Any]:
         """What things will cost, in FLOPs, and about how many steps that leaves (None for a time budget)."""
         budget, pool = self.meter.budget, self.task.pool
-        epoch = pack(pool, range(len(pool)), max_tokens=self.step_shape.micro_tokens, window=_PACKING_WINDOW)
+        epoch = pack(pool, range(len(pool)), max_tokens=self.step_shape.micro_tokens, window=PACKING_WINDOW)
         per_token = sum(self._batch_flops(batch, self.meter.train) for batch in epoch) / pool.tokens
         checks = math.floor((1 - self.config.cooldown) / self.config.governor_config.check_every)
         steps = {

@@ -171,6 +171,8 @@ def test_bad_data_is_refused_in_a_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             score(EL2N(), model, bad)
+    with pytest.raises(TypeError, match="must be a causal language model of transformers"):
+        score(EL2N(), nn.Linear(2, 2), data)
     with pytest.raises(ValueError, match="a sample is never split"):
         score(EL2N(), model, data, batch_tokens=5)
     with pytest.raises(ValueError, match="reduction must be"):
