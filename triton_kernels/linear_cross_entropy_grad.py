@@ -45,8 +45,8 @@ def pick_config(dtype: torch.dtype, capability: tuple[int, int]) -> Config:
         # Exact float32 products run on the plain cores and keep both operands in registers.
         return Config(64, 64, 32, 4, 3)
     if capability[0] in (9, 10):
-        # 128 registers, or 176 to 243 with a softcap, and 96 KB of shared memory: two programs on a processor, so that
-        # the exponentials of one run beside the products of the other. 256 classes spill 40 bytes on sm_90.
+        # 128 registers and 96 KB of shared memory: two programs on a processor, so that the exponentials of one run
+        # beside the products of the other; with a softcap 176 to 243, and one. 256 classes spill 40 bytes on sm_90.
         return Config(128, 128, 64, 8, 3)
     # A k of 32 keeps four stages under the 100 KB that sm_86, sm_89 and sm_120 have.
     return Config(128, 128, 32, 8, 4)
