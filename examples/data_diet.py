@@ -514,6 +514,12 @@ def collect(tasks: Sequence[Task], job: Job) -> dict[str, Any]:
                 runs.append(keys | result)
     return {
         "settings": asdict(settings),
+        "training": {
+            "learning_rate": LEARNING_RATE,
+            "momentum": MOMENTUM,
+            "weight_decay": WEIGHT_DECAY,
+            "warmup": WARMUP,
+        },
         "arms": {arm.name: arm.title for arm in arms(settings)},
         "budget_flops": settings.full_steps * step_flops(settings.batch_size),
         "step_flops": step_flops(settings.batch_size),
