@@ -66,17 +66,14 @@ struct Table {
         }
         if (p.table != nullptr) write_row(total, n, static_cast<T*>(p.table) + p.index[begin] * p.d + from);
     }
-
-    void clear(int64_t begin, int64_t end) const {
-        if (end > begin) std::memset(static_cast<T*>(p.table) + begin * p.d, 0, sizeof(T) * (end - begin) * p.d);
-    }
 };
 
 template <class T>
 void run(const EmbeddingProblem& p, int threads) {
     const int64_t blocks = (p.d + EMBEDDING_COLUMNS - 1) / EMBEDDING_COLUMNS;
     std::vector<int64_t> sample(static_cast<size_t>(p.tokens)), starts;
-    for (int64_t s = 0; s < p.samples; ++s) std::fill(&sample[0] + p.borders[s], &sample[0] + p.borders[s + 1], s);
+    for (int64_t s = 0; s < p.samples; ++s)
+        std::fill(sample.begin() + p.borders[s], sample.begin() + p.borders[s + 1], s);
     for (int64_t i = 0; i < p.tokens; ++i)
         if (i == 0 || p.index[i] != p.index[i - 1]) starts.push_back(i);
     const int64_t runs = static_cast<int64_t>(starts.size());
@@ -84,23 +81,11 @@ void run(const EmbeddingProblem& p, int threads) {
     std::vector<float> squares(p.norms_sq == nullptr ? 0 : static_cast<size_t>(blocks * p.tokens), 0.0f);
     const Table<T> table{p, sample, p.norms_sq == nullptr ? nullptr : squares.data()};
     // Waking a thread costs as much as some ten thousand elements.
-    const int64_t elements = p.tokens * p.d + (p.table == nullptr ? 0 : p.entries * p.d);
-    const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(elements / 16384, 1)));
-    const int64_t used = runs == 0 ? 0 : p.index[starts[runs - 1]] + 1, unused = p.entries - used;
-#pragma omp parallel num_threads(team)
-    {
-        // Tables are mostly untouched: the rows between those that tokens name are cleared by whoever sums the next.
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t i = 0; i < runs; ++i) {
-            const int64_t begin = starts[i], index = p.index[begin];
-            const bool dropped = index == p.padding;
-            if (p.table != nullptr) table.clear(i == 0 ? 0 : p.index[starts[i - 1]] + 1, dropped ? index + 1 : index);
-            if (dropped) continue;
-            for (int64_t block = 0; block < blocks; ++block) table.sum_run(begin, starts[i + 1], block);
-        }
-#pragma omp for schedule(static)
-        for (int i = 0; i < team; ++i)
-            if (p.table != nullptr) table.clear(used + unused * i / team, used + unused * (i + 1) / team);
+    const int team = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(p.tokens * p.d / 16384, 1)));
+#pragma omp parallel for num_threads(team) schedule(dynamic, 16)
+    for (int64_t i = 0; i < runs; ++i) {
+        if (p.index[starts[i]] == p.padding) continue;
+        for (int64_t block = 0; block < blocks; ++block) table.sum_run(starts[i], starts[i + 1], block);
     }
     for (int64_t s = 0; p.norms_sq != nullptr && s < p.samples; ++s) {
         double whole = 0.0;

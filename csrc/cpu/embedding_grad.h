@@ -19,9 +19,9 @@ struct EmbeddingProblem {
     bool half;
     const int64_t* borders;
     int64_t samples;
-    int64_t entries, padding;  // the row `padding` of the table has no gradient; -1 for none
-    void* table;               // [entries, d], may be null
-    float* norms_sq;           // [samples], may be null
+    int64_t padding;  // the row of the table without a gradient; -1 for none
+    void* table;      // [rows, d], zeros before; may be null
+    float* norms_sq;  // [samples], may be null
 };
 
 }  // namespace pyeff

@@ -164,7 +164,7 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor]:
     g = plain_rows(grad_outputs)
     d = g.shape[1]
-    total = torch.empty((num_embeddings, d) if weight_grad else 0, dtype=g.dtype)
+    total = torch.zeros((num_embeddings, d) if weight_grad else 0, dtype=g.dtype)
     norms_sq = torch.empty(len(samples.cuts) - 1 if norms else 0)
     extension().embedding_grad(
         index=index.data_ptr(),
@@ -176,7 +176,6 @@ def _on_cpu(
         half=g.dtype == torch.bfloat16,
         borders=samples.borders.data_ptr(),
         samples=len(samples.cuts) - 1,
-        num_embeddings=num_embeddings,
         padding_idx=padding,
         weight_grad=total.data_ptr() if total.numel() else 0,
         norms_sq=norms_sq.data_ptr() if norms_sq.numel() else 0,
