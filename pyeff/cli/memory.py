@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -54,19 +55,21 @@ def plan_tables(plan: Plan) -> RenderableType:
 
 
 def _moments(plan: Plan) -> Table:
-    table = Table(title="When", title_justify="left", title_style="bold")
-    table.add_column("moment")
-    for name in (*COMPONENTS.values(), "sum"):
+    # Eighty columns must do.
+    table = Table(title="When", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+    table.add_column("moment", no_wrap=True)
+    columns = [name for name in COMPONENTS if any(getattr(phase, name) for phase in plan.phases)]
+    for name in (*(COMPONENTS[name] for name in columns), "sum"):
         table.add_column(name, justify="right", no_wrap=True)
     for phase in plan.phases:
-        cells = [size_text(getattr(phase, name)) for name in COMPONENTS]
+        cells = [size_text(getattr(phase, name)) for name in columns]
         fullest = phase is plan.peak
         table.add_row(phase.name, *cells, size_text(phase.total), style="bold" if fullest else None)
     return table
 
 
 def _layers(plan: Plan) -> Table:
-    table = Table(title="Where", title_justify="left", title_style="bold")
+    table = Table(title="Where", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     columns = {"parameters": "weights", "states": "states", "gradients": "grads", "activations": "kept for backward"}
     table.add_column("layer")
     for title in columns.values():
@@ -86,7 +89,9 @@ def _layers(plan: Plan) -> Table:
 
 
 def _options(plan: Plan) -> Table:
-    table = Table(title="Options, best first", title_justify="left", title_style="bold")
+    table = Table(
+        title="Options, best first", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("change")
     timed = plan.seconds is not None
     for name in ("peak", "step", "fits") if timed else ("peak", "fits"):

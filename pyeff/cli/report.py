@@ -375,6 +375,17 @@ def _setup(record: RunRecord) -> str:
         rows.append(["ended because", record.end.get("reason")])
     if start.get("threads") is not None:
         rows.append(["threads", start["threads"]])
+    planned = start.get("memory")
+    if isinstance(planned, dict) and _is_number(planned.get("predicted_peak")) and _is_number(planned.get("limit")):
+        recomputed = "layers recomputed" if planned.get("gradient_checkpointing") else "nothing recomputed"
+        rows.append(
+            [
+                "memory of a step",
+                f"{planned['predicted_peak'] / 1e9:.3g} GB predicted in the {planned.get('peak_phase')}, "
+                f"of {planned['limit'] / 1e9:.3g} GB; the planner chose micro-batches of "
+                f"{planned.get('micro_batch_tokens')} tokens, {recomputed}",
+            ]
+        )
     config = "\n".join(f"{k}: {v}" for k, v in flatten(start.get("config") or {}))
     details = f"<details><summary>configuration</summary><pre>{esc(config)}</pre></details>" if config else ""
     return table(["", ""], rows) + details

@@ -1,0 +1,53 @@
+"""`pyeff plan`: tables, JSON, a picture, and errors in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from planned_models import config_of
+
+from pyeff.cli.app import run_app
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    config_of("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_plan_is_shown_and_drawn(directory: Path, capsys: pytest.CaptureFixture[str]):
+    plot = directory / "plan.png"
+    arguments = ["--seq-len", "64", "--batch", "4", "--device-memory", "3MB", "--rates", "400,2600", "--device", "cpu"]
+    assert run_app(["plan", str(directory), *arguments, "--plot", str(plot)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("at its fullest", "optimizer step", "Options, best first", "as given", "Largest that fits"):
+        assert words in shown
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_the_whole_plan(directory: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_app(["plan", str(directory / "config.json"), "--seq-len", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "account"
+    assert found["peak"]["total"] == max(phase["total"] for phase in found["phases"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seq-len", "0"], "seq_len must be at least 1"),
+        (["--seq-len", "8", "--device-memory", "-1GB"], "memory must be a positive size"),
+        (["--seq-len", "8", "--rates", "fast"], "--rates takes TFLOP/s and GB/s"),
+        (["--seq-len", "8", "--gpu", "abacus"], "gpu must be one of"),
+        (["--seq-len", "8", "--plot", "/nowhere/plan.png"], "the plot cannot be written"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(
+    directory: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run_app(["plan", str(directory), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
