@@ -100,7 +100,7 @@ def sees(queries: int, keys: int, causal: bool, window: int | None) -> Tensor:
 
 
 def naive(problem: Problem, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Softmax of all logits, every step rounded to `dtype` but for the softmax, and autograd for the rest."""
+    """All logits at once, every step rounded to `dtype` but for the softmax, by way of its lse; autograd for the rest."""
     q, k, v, grad_out, grad_lse = (t.detach().to(dtype) for t in tensors)
     grad_lse = tensors[-1].to(torch.float64 if dtype == torch.float64 else torch.float32)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
@@ -119,9 +119,10 @@ def naive(problem: Problem, tensors: list[Tensor], dtype: torch.dtype) -> list[T
         table = sees(queries, keys, problem.causal, problem.window)
         some = table.any(1)
         s = s.to(grad_lse.dtype).masked_fill(~table, -math.inf).masked_fill(~some[:, None], 0.0)
-        p = torch.softmax(s, -1).masked_fill(~some[:, None], 0.0).to(dtype)
+        lse = s.logsumexp(-1) if keys else s.sum(-1)
+        p = torch.exp(s - lse[..., None]).masked_fill(~some[:, None], 0.0).to(dtype)
         outs.append((p @ own_v.repeat_interleave(group, 0)).transpose(0, 1))
-        lses.append((s.logsumexp(-1) if keys else s.sum(-1)).masked_fill(~some, -math.inf))
+        lses.append(lse.masked_fill(~some, -math.inf))
     out, lse = torch.cat(outs), torch.cat(lses, 1)
     if problem.padded:
         out = out.unflatten(0, q.shape[:2])
