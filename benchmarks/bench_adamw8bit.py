@@ -1,4 +1,4 @@
-"""The 8-bit AdamW step against torch's fused fp32 step and against other 8-bit optimizers.
+"""The 8-bit optimizer step against torch's fused fp32 step and against other 8-bit optimizers.
 
 pytest benchmarks/bench_adamw8bit.py --benchmark-only
 """
@@ -14,7 +14,7 @@ from oracle import assert_as_accurate
 from torch import Tensor, nn
 
 import pyeff
-from pyeff.optim import AdamW8bit
+from pyeff.optim import Adam8bit, AdamW8bit, Lion8bit, SGD8bit
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
 # What must be read and written for each parameter: itself, its gradient, two bytes of states and two scales a block.
@@ -38,6 +38,10 @@ def check_answer(dtype: torch.dtype, device: str) -> None:
     exact = p * (1 - LR * WEIGHT_DECAY) - LR * g / (g.abs() + EPS)
     AdamW8bit([ours], lr=LR).step()
     torch.optim.AdamW([theirs], lr=LR).step()
+    if dtype == torch.bfloat16:
+        # The default rounds at random to one of two neighbours; what it keeps on average is the tests' concern.
+        ours = parameters(1, 10_000, dtype, device)[0]
+        AdamW8bit([ours], lr=LR, master="none").step()
     assert_as_accurate(ours.detach(), exact, theirs.detach(), what="first step")
 
 
@@ -72,18 +76,25 @@ def copying(bytes: float, device: str) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def fused_target() -> float:
-    """Of torch's fused fp32 step; what a GPU allows by bytes is 0.57."""
+def fused_target(dtype: torch.dtype) -> float:
+    """Of torch's fused fp32 step; what a GPU allows by bytes is 0.57 (fp32) and 0.36 (bf16)."""
     if torch.cuda.is_available():
-        return 0.65
-    return 0.75 if pyeff.info().extension.get("cpu level", "").startswith("avx512") else 1.0
+        return 0.65 if dtype == torch.float32 else 0.42
+    if not pyeff.info().extension.get("cpu level", "").startswith("avx512"):
+        return 1.0
+    return 0.7 if dtype == torch.float32 else 0.65
+
+
+def large(device: str) -> int:
+    """Elements of one large parameter: on a GPU, half of what fits beside torch's fp32 step."""
+    return 500_000_000 if device == "cuda" else 20_000_000
 
 
 @pytest.mark.benchmark(group="adamw8bit")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_one_large_parameter(contest: Callable[..., Any], device: str, dtype: torch.dtype) -> None:
     """Against fused AdamW on fp32 parameters, whichever dtype ours have."""
-    size = 500_000_000 if device == "cuda" else 20_000_000
+    size = large(device)
     check_answer(dtype, device)
     moved = size * (3 * dtype.itemsize + STATE_BYTES)
     functions: dict[str, Callable[[], Tensor | object]] = {
@@ -92,31 +103,111 @@ def test_one_large_parameter(contest: Callable[..., Any], device: str, dtype: to
         ).step,
         "pyeff AdamW8bit": AdamW8bit(parameters(1, size, dtype, device), lr=LR, betas=BETAS).step,
         "a copy of as many bytes": copying(moved, device),
-        **peers(lambda: parameters(1, size, dtype, device)),
+        **(peers(lambda: parameters(1, size, dtype, device)) if device == "cuda" else {}),
     }
     contest(
         "pyeff AdamW8bit",
         functions,
         baseline="torch fused AdamW, fp32",
-        target=fused_target() if dtype == torch.float32 else None,
+        target=fused_target(dtype),
         bytes=moved,
         bound="a copy of as many bytes",
     )
 
 
 @pytest.mark.benchmark(group="adamw8bit")
-def test_many_small_parameters(contest: Callable[..., Any], device: str) -> None:
-    def make() -> list[nn.Parameter]:
-        return parameters(200, 10_000, torch.float32, device)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a bound of a GPU")
+def test_a_billion_bf16_parameters(contest: Callable[..., Any], device: str) -> None:
+    """At least 88 % of the bandwidth of a copy measured in the same run."""
+    size = 1_000_000_000
+    moved = size * (6 + STATE_BYTES)
+    contest(
+        "pyeff AdamW8bit",
+        {
+            "a copy of as many bytes": copying(moved, device),
+            "pyeff AdamW8bit": AdamW8bit(parameters(1, size, torch.bfloat16, device), lr=LR).step,
+        },
+        baseline="a copy of as many bytes",
+        target=1 / 0.88,
+        bytes=moved,
+        bound="a copy of as many bytes",
+    )
+
+
+@pytest.mark.benchmark(group="adamw8bit")
+def test_ways_of_keeping_bf16_weights(contest: Callable[..., Any], device: str) -> None:
+    """What a master, clipping and fp32 states cost beside the default."""
+    size = large(device)
+
+    def step(**options: Any) -> Callable[[], object]:
+        return AdamW8bit(parameters(1, size, torch.bfloat16, device), lr=LR, **options).step
 
     contest(
         "pyeff AdamW8bit",
         {
-            "torch foreach AdamW": torch.optim.AdamW(make(), lr=LR, foreach=True).step,
-            "torch fused AdamW": torch.optim.AdamW(make(), lr=LR, fused=True).step,
-            "pyeff AdamW8bit": AdamW8bit(make(), lr=LR).step,
-            **peers(make),
+            "master none": step(master="none"),
+            "pyeff AdamW8bit": step(),
+            "master ecc8": step(master="ecc8"),
+            "master fp32": step(master="fp32"),
+            "clipped": step(clip_norm=1e-3),
+            "fp32 states": step(states="fp32"),
+        },
+        baseline="master none",
+        bytes=size * (6 + STATE_BYTES),
+    )
+
+
+@pytest.mark.benchmark(group="adamw8bit")
+@pytest.mark.parametrize("ours", [Adam8bit, Lion8bit, SGD8bit], ids=lambda cls: cls.__name__)
+def test_other_rules(contest: Callable[..., Any], device: str, ours: Any) -> None:
+    """Beside AdamW8bit: one moment less is a third of the bytes less, and no root."""
+    size = large(device)
+    contest(
+        f"pyeff {ours.__name__}",
+        {
+            "pyeff AdamW8bit": AdamW8bit(parameters(1, size, torch.float32, device), lr=LR).step,
+            f"pyeff {ours.__name__}": ours(parameters(1, size, torch.float32, device), lr=LR).step,
+        },
+        baseline="pyeff AdamW8bit",
+    )
+
+
+def small_parameters(device: str) -> list[nn.Parameter]:
+    return parameters(300 if device == "cuda" else 200, 10_000, torch.float32, device)
+
+
+@pytest.mark.benchmark(group="adamw8bit")
+def test_many_small_parameters(contest: Callable[..., Any], device: str) -> None:
+    contest(
+        "pyeff AdamW8bit",
+        {
+            "torch foreach AdamW": torch.optim.AdamW(small_parameters(device), lr=LR, foreach=True).step,
+            "torch fused AdamW": torch.optim.AdamW(small_parameters(device), lr=LR, fused=True).step,
+            "pyeff AdamW8bit": AdamW8bit(small_parameters(device), lr=LR).step,
         },
         baseline="torch foreach AdamW",
-        bytes=200 * 10_000 * (12 + STATE_BYTES),
+        target=0.5,
+        bytes=len(small_parameters("cpu")) * 10_000 * (12 + STATE_BYTES),
+    )
+
+
+@pytest.mark.benchmark(group="adamw8bit")
+@pytest.mark.parametrize("peer", ["bitsandbytes", "torchao"])
+def test_peers_with_8_bit_states(contest: Callable[..., Any], device: str, peer: str) -> None:
+    """One large parameter on the CPU, many small ones on a GPU, where launches and waiting decide."""
+
+    def make() -> list[nn.Parameter]:
+        return small_parameters(device) if device == "cuda" else parameters(1, 5_000_000, torch.float32, device)
+
+    name = f"{peer} AdamW8bit"
+    found = peers(make)
+    if name not in found:
+        pytest.skip(f"{peer} is not installed")
+    targets = {("bitsandbytes", "cpu"): 1 / 15, ("bitsandbytes", "cuda"): 1 / 5, ("torchao", "cuda"): 1 / 3}
+    contest(
+        "pyeff AdamW8bit",
+        {name: found[name], "pyeff AdamW8bit": AdamW8bit(make(), lr=LR).step},
+        baseline=name,
+        target=targets.get((peer, device)),
+        pairs=20,
     )

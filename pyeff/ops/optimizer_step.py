@@ -407,7 +407,7 @@ class StepPlan:
             starts,
         ]
         self._rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
-        self._gradient_key: tuple[Any, ...] = ()
+        self._gradient_key: list[tuple[Any, ...]] = []
         self._copied_grads: list[tuple[Tensor, Tensor]] = []
         if impl == "cuda":
             device = self.params[0].device
@@ -422,7 +422,7 @@ class StepPlan:
         self.grads = list(grads)
         if self.impl == "reference":
             return
-        key = tuple([g.data_ptr() for g in self.grads])
+        key = [(g.data_ptr(), g.dtype, g.is_contiguous()) for g in self.grads]
         if key == self._gradient_key and not self._copied_grads:
             return
         self._gradient_key, self._copied_grads = key, []
@@ -442,9 +442,11 @@ class StepPlan:
                     self._chunk_count, torch.cuda.current_stream().cuda_stream,
                 )  # fmt: skip
 
-    def forget_grads(self) -> None:
-        """Let go of the gradients, whose memory is not the plan's to keep."""
-        self.grads, self._gradient_key, self._copied_grads = [], (), []
+    def release_grads(self) -> None:
+        """Let go of the gradients, whose memory is not the plan's to keep; `set_grads` comes before the next step."""
+        self.grads = []
+        if self.impl != "reference" and self._copied_grads:
+            self._gradient_key, self._copied_grads = [], []
 
     def step(
         self,

@@ -172,6 +172,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 lr=tensor,
                 skipped=call.group["skipped_steps"] if call.counts_skipped else None,
             )
+            call.plan.release_grads()
         return loss
 
     def _norms(self, calls: list[_Call]) -> dict[torch.device, Tensor]:
@@ -264,13 +265,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             return [int.from_bytes(hashlib.sha256(names[i].encode()).digest()[:7], "little") for i in places]
         start = sum(len(group["params"]) for group in self.param_groups[:index])
         return [start + i for i in places]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; the gradients of the last step are let go of."""
-        super().zero_grad(set_to_none)
-        if set_to_none:
-            for cached in self._plans.values():
-                cached.plan.forget_grads()
 
     # --------------------------------------------------------------------------------------------------- states
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -265,13 +266,13 @@ def test_fp32_states_are_lions_formula_to_the_rounding() -> None:
 def test_others_train_within_the_spread_of_seeds_of_their_fp32_selves(cls: Any) -> None:
     lr = {Adam8bit: 3e-3, Lion8bit: 3e-4, SGD8bit: 1e-1}[cls]
     losses: dict[str, list[float]] = {"8bit": [], "fp32": []}
-    for seed in range(4):
+    for seed in range(3):
         for states, found in losses.items():
             model = network(seed)
-            found.append(train(model, cls(model.parameters(), lr=lr, states=states), range(150)))
+            found.append(train(model, cls(model.parameters(), lr=lr, states=states), range(100)))
     untrained = nn.functional.cross_entropy(network()(batch(0)[0]), batch(0)[1]).item()
-    assert max(losses["fp32"]) < untrained * 0.75, "the task must be learned for this to mean anything"
-    assert abs(sum(losses["8bit"]) - sum(losses["fp32"])) / 4 <= max(losses["fp32"]) - min(losses["fp32"])
+    assert max(losses["fp32"]) < untrained * 0.9, "the task must be learned for this to mean anything"
+    assert abs(sum(losses["8bit"]) - sum(losses["fp32"])) / 3 <= max(losses["fp32"]) - min(losses["fp32"])
 
 
 def test_clip_norm_is_torchs_clipping_and_leaves_gradients_alone() -> None:
@@ -384,6 +385,19 @@ def test_gradients_that_move_and_states_that_are_replaced_are_followed() -> None
         fresh = restarted
         fresh.step()
         assert_same_run((a, kept), (b, fresh))
+
+
+def test_gradients_are_not_kept_alive_between_steps() -> None:
+    """Their memory is what the next backward needs."""
+    model = network()
+    optimizer = AdamW8bit(model.parameters(), clip_norm=1.0)
+    for step in range(2):
+        train(model, optimizer, range(step, step + 1))
+        model[2].weight.grad = model[2].weight.grad.T.contiguous().T
+        optimizer.step()
+        grads = [weakref.ref(p.grad) for p in model.parameters()]
+        model.zero_grad()
+        assert not any(grad() is not None for grad in grads)
 
 
 def test_copies_and_pickles_of_an_optimizer_go_on_alike() -> None:
@@ -768,3 +782,97 @@ def test_a_parameter_given_twice_is_refused():
     p = nn.Parameter(torch.ones(300))
     with pytest.raises(ValueError, match="twice"):
         AdamW8bit([p, p])
+
+
+# ----------------------------------------------------------------------------------------------------------- the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [Adam8bit, AdamW8bit, Lion8bit, SGD8bit])
+def test_gpu_trains_with_the_bits_of_the_cpu(cls: Any) -> None:
+    """Parameters of both dtypes and several groups, clipped, from the same gradients."""
+    there, here = network().cuda(), network()
+    for model in (there, here):
+        model[2].bfloat16()
+    options = {"lr": 1e-2, "clip_norm": 0.5}
+    optimizers = [
+        cls([{"params": model[0].parameters()}, {"params": model[2:].parameters(), "weight_decay": 0.1}], **options)
+        for model in (there, here)
+    ]
+    for step in range(5):
+        for i, (p, q) in enumerate(zip(there.parameters(), here.parameters(), strict=True)):
+            g = torch.randn(q.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(q.dtype)
+            p.grad, q.grad = g.cuda(), g
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(there.parameters(), here.parameters(), strict=True):
+        assert torch.equal(p.cpu(), q)
+        for name, value in optimizers[1].state[q].items():
+            assert torch.equal(optimizers[0].state[p][name].cpu(), value)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_the_step_with_the_lr_of_the_moment() -> None:
+    a, b = network().cuda(), network().cuda()
+    lr = torch.tensor(1e-2, device="cuda")
+    captured = AdamW8bit(a.parameters(), lr=lr, clip_norm=1.0)
+    plain = AdamW8bit(b.parameters(), lr=1e-2, clip_norm=1.0)
+
+    def gradients(model: nn.Module, step: int) -> None:
+        for i, p in enumerate(model.parameters()):
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).cuda()
+            if p.grad is None:
+                p.grad = g
+            else:
+                p.grad.copy_(g)
+
+    gradients(a, 0)
+    captured.step()
+    gradients(a, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for step in range(4):
+        gradients(b, step)
+        plain.param_groups[0]["lr"] = rate = torch.tensor(1e-2 / (step + 1)).item()
+        if step > 0:
+            gradients(a, step)
+            lr.fill_(rate)
+            if step == 2:
+                for model in (a, b):
+                    model[0].bias.grad[0] = torch.nan
+            graph.replay()
+        plain.step()
+    torch.cuda.synchronize()
+    assert captured.skipped_steps == plain.skipped_steps == 1
+    assert_same_run((a, captured), (b, plain))
+
+
+@pytest.mark.gpu
+def test_gpu_optimizer_does_not_synchronise() -> None:
+    model = network().cuda()
+    optimizer = AdamW8bit(model.parameters(), lr=torch.tensor(1e-3, device="cuda"), clip_norm=1.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2**31 + 4097])
+def test_more_than_32_bits_of_elements(size: int) -> None:
+    """The last elements take the step the first ones take."""
+    if torch.cuda.mem_get_info()[0] < 7 * size:
+        pytest.skip("needs 14 GB of GPU memory")
+    p = nn.Parameter(torch.ones(size, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.ones_like(p)
+    AdamW8bit([p], lr=0.5, weight_decay=0.0, master="none").step()
+    assert torch.equal(p[:5000], p[-5000:])
+    assert p[-1] == 0.5
