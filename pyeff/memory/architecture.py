@@ -30,6 +30,7 @@ LINEARS = {
     "down_proj": ("down",),
     "c_attn": ("q", "k", "v"),
     "c_fc": ("up",),
+    "c_proj": ("o", "down"),
 }
 
 

@@ -117,10 +117,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Option:
-    """The step with some settings changed: its peak, its predicted time for the same tokens, whether it fits."""
+    """The step with some settings changed: its peak, FLOPs and predicted time for the same tokens, whether it fits."""
 
     changes: Mapping[str, Any]
     peak: int
+    flops: int
     seconds: float | None
     fits: bool | None
 
@@ -171,7 +172,7 @@ class Plan:
             return None
         fitting = [option for option in single if option.fits]
         if self.fits is False and fitting:
-            return min(fitting, key=lambda option: (option.seconds or 0.0, option.peak))
+            return min(fitting, key=lambda option: (option.seconds or option.flops, option.peak))
         return min(single, key=lambda option: option.peak)
 
     @property
@@ -218,7 +219,8 @@ class Plan:
             "largest_batch": self.largest_batch,
             "largest_seq_len": self.largest_seq_len,
             "options": [
-                {"changes": dict(o.changes), "peak": o.peak, "seconds": o.seconds, "fits": o.fits} for o in self.options
+                {"changes": dict(o.changes), "peak": o.peak, "flops": o.flops, "seconds": o.seconds, "fits": o.fits}
+                for o in self.options
             ],
             "best_change": None if self.best_change is None else dict(self.best_change.changes),
             "sentence": self.sentence,
@@ -281,7 +283,7 @@ def plan(
     >>> found.fits, found.peak.name
     (False, 'head backward')
     >>> found.best_change.name
-    'head fused'
+    'batch 1'
     """
     bytes_given = parse_size(device_memory) if device_memory is not None else None
     source = Source(model, dtype, inputs)
@@ -400,7 +402,7 @@ class Source:
         names = set(settings.lora_targets)
         if names == {"all-linear"}:
             present = {name.rsplit(".", 1)[-1] for name, _ in self.empty(self.dtype).named_modules()}
-            names = present & {*LINEARS, "c_proj"}
+            names = present & set(LINEARS)
         # peft makes adapters in fp32 whatever the model is in.
         return Adapters(settings.lora_rank, frozenset(names), settings.lora_dropout, itemsize=4)
 
@@ -487,7 +489,7 @@ class Planner:
             return int(self._trace(settings).flops) * settings.accumulation
         shape = architecture.shape
         adapters = self.source.adapters(settings)
-        linears = {linear for name in (adapters.modules if adapters else ()) for linear in LINEARS.get(name, ("o",))}
+        linears = {linear for name in (adapters.modules if adapters else ()) for linear in LINEARS.get(name, ())}
         cost = shape.train_cost(
             trainable="full" if adapters is None else "lora",
             lora_rank=0 if adapters is None else adapters.rank,
@@ -500,6 +502,9 @@ class Planner:
         # Causal kernels skip what lies above the diagonal; a dense mask is multiplied out.
         pairs = tokens * tokens if settings.packed else rows * tokens * (tokens + 1) // 2
         total = cost(rows * tokens, pairs, rows * tokens if settings.head_tokens is None else settings.head_tokens)
+        if settings.head == "fused":  # forms the softmax again
+            positions = rows * tokens if settings.head_tokens is None else settings.head_tokens
+            total += shape.forward(0, attention_pairs=0, head_tokens=positions)
         if settings.checkpointing == "attention":
             total -= shape.forward(0, attention_pairs=pairs, head_tokens=0)
         return total * settings.accumulation
@@ -543,14 +548,15 @@ class Planner:
             if len(changes) > 3:
                 continue
             changed = self._change(settings, changes)
-            found.append((changed, Option(changes, self.peak(changed), self.seconds(changed), self.fits(changed))))
+            found.append(
+                Option(changes, self.peak(changed), self.flops(changed), self.seconds(changed), self.fits(changed))
+            )
 
-        def rank(item: tuple[Settings, Option]) -> tuple[Any, ...]:
-            changed, option = item
-            time = self.flops(changed) if option.seconds is None else option.seconds
+        def rank(option: Option) -> tuple[Any, ...]:
+            time = option.flops if option.seconds is None else option.seconds
             return (option.fits is False, time if option.fits is not False else option.peak, option.peak)
 
-        return [option for _, option in sorted(found, key=rank)]
+        return sorted(found, key=rank)
 
     def _change(self, settings: Settings, changes: Mapping[str, Any]) -> Settings:
         more: dict[str, Any] = dict(changes)
