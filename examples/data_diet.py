@@ -528,6 +528,12 @@ def collect(tasks: Sequence[Task], job: Job) -> dict[str, Any]:
     }
 
 
+def as_json(results: dict[str, Any]) -> str:
+    """The document with a line for each training."""
+    head = json.dumps({key: value for key, value in results.items() if key != "runs"}, indent=1)
+    return head.removesuffix("\n}") + ',\n "runs": [\n' + ",\n".join(map(json.dumps, results["runs"])) + "\n]}\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, or report."""
     description, *rest = (__doc__ or "").split("\n\n")
@@ -593,7 +599,7 @@ def _run(args: argparse.Namespace) -> int:
     tasks = plan(settings, seeds=args.seeds, label_noise=args.label_noise)
     run(tasks, job, workers=args.workers)
     results = collect(tasks, job)
-    write_atomically(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(args.out / "results.json", as_json(results))
     shown = Report(results)
     shown.figure(args.out / "data_diet.png")
     print(shown.markdown())
