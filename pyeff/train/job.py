@@ -70,6 +70,8 @@ class Job:
                 lora_rank=config.lora.rank,
                 lora_targets=targets,
                 checkpointing=checkpointing,
+                # transformers lets the embedding's output require a gradient when it recomputes layers with adapters.
+                input_requires_grad=checkpointing,
                 # Dropout in an adapter runs after its matrix, so the recomputation has no early end.
                 early_stop=config.lora.dropout == 0,
             )
