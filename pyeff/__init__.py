@@ -10,8 +10,9 @@ which needs no torch, in `pyeff.governor`. Nothing is loaded before it is used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pyeff._lazy import import_at_first_use
 
 if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it. Importing pyeff must cost nothing, so each is imported at first use.
-_HOME = {
+# Public name -> the module that defines it.
+_HOMES = {
     "EmbeddingGrad": "pyeff.ops",
     "GradientObservation": "pyeff.observation",
     "HeadGrad": "pyeff.ops",
@@ -116,16 +117,4 @@ __all__ = [
     "vector_grad",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"pyeff.{name}")
-    raise AttributeError(f"module 'pyeff' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *_SUBPACKAGES})
+import_at_first_use(__name__, _HOMES, _SUBPACKAGES)

@@ -1,45 +1,86 @@
 """The operations: functions of tensors, each with several implementations and one meaning.
 
-Eagerly imported so that `pyeff.ops.f` is the function and not the module that defines it; a module of an operation
-loads torch and nothing heavier.
+A name here is the function or class, never the module of the same name that defines it. That module is loaded when the
+name is first used, because registering operators with torch takes milliseconds.
 """
 
 from __future__ import annotations
 
-from pyeff.ops._dispatch import Operation
-from pyeff.ops.attention import OPERATION as _ATTENTION
-from pyeff.ops.attention import attention
-from pyeff.ops.embedding_grad import OPERATION as _EMBEDDING_GRAD
-from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
-from pyeff.ops.global_norm import OPERATION as _GLOBAL_NORM
-from pyeff.ops.global_norm import global_norm
-from pyeff.ops.gram_norms import OPERATION as _GRAM_NORMS
-from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
-from pyeff.ops.linear_cross_entropy import linear_cross_entropy
-from pyeff.ops.linear_cross_entropy_grad import OPERATION as _LINEAR_CROSS_ENTROPY_GRAD
-from pyeff.ops.linear_cross_entropy_grad import HeadGrad, linear_cross_entropy_grad
-from pyeff.ops.linear_cross_entropy_scores import OPERATION as _LINEAR_CROSS_ENTROPY_SCORES
-from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
-from pyeff.ops.linear_grad import OPERATION as _LINEAR_GRAD
-from pyeff.ops.linear_grad import LinearGrad, linear_grad
-from pyeff.ops.norm_layer_grad import OPERATION as _NORM_LAYER_GRAD
-from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
-from pyeff.ops.optimizer_step import OPERATION as _OPTIMIZER_STEP
-from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
-from pyeff.ops.vector_grad import OPERATION as _VECTOR_GRAD
-from pyeff.ops.vector_grad import VectorGrad, vector_grad
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-OPERATIONS: dict[str, Operation] = {
-    "attention": _ATTENTION,
-    "embedding_grad": _EMBEDDING_GRAD,
-    "global_norm": _GLOBAL_NORM,
-    "gram_norms": _GRAM_NORMS,
-    "linear_cross_entropy_grad": _LINEAR_CROSS_ENTROPY_GRAD,
-    "linear_cross_entropy_scores": _LINEAR_CROSS_ENTROPY_SCORES,
-    "linear_grad": _LINEAR_GRAD,
-    "optimizer_step": _OPTIMIZER_STEP,
-    "norm_layer_grad": _NORM_LAYER_GRAD,
-    "vector_grad": _VECTOR_GRAD,
+from pyeff._lazy import import_at_first_use
+from pyeff.ops._dispatch import Operation
+
+if TYPE_CHECKING:
+    from pyeff.ops.attention import attention
+    from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
+    from pyeff.ops.global_norm import global_norm
+    from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
+    from pyeff.ops.linear_cross_entropy import linear_cross_entropy
+    from pyeff.ops.linear_cross_entropy_grad import HeadGrad, linear_cross_entropy_grad
+    from pyeff.ops.linear_cross_entropy_scores import TokenScores, linear_cross_entropy_scores
+    from pyeff.ops.linear_grad import LinearGrad, linear_grad
+    from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
+    from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
+    from pyeff.ops.vector_grad import VectorGrad, vector_grad
+
+
+class _Operations(Mapping[str, Operation]):
+    """Every operation by name, loaded when it is looked up."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def __getitem__(self, name: str) -> Operation:
+        if name not in self._names:
+            raise KeyError(name)
+        operation: Operation = importlib.import_module(f"pyeff.ops.{name}").OPERATION
+        return operation
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+OPERATIONS: Mapping[str, Operation] = _Operations(
+    "attention",
+    "embedding_grad",
+    "global_norm",
+    "gram_norms",
+    "linear_cross_entropy_grad",
+    "linear_cross_entropy_scores",
+    "linear_grad",
+    "norm_layer_grad",
+    "optimizer_step",
+    "vector_grad",
+)
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "EmbeddingGrad": "pyeff.ops.embedding_grad",
+    "HeadGrad": "pyeff.ops.linear_cross_entropy_grad",
+    "LinearGrad": "pyeff.ops.linear_grad",
+    "NormLayerGrad": "pyeff.ops.norm_layer_grad",
+    "OptimizerRule": "pyeff.ops.optimizer_step",
+    "OptimizerStates": "pyeff.ops.optimizer_step",
+    "TokenScores": "pyeff.ops.linear_cross_entropy_scores",
+    "VectorGrad": "pyeff.ops.vector_grad",
+    "attention": "pyeff.ops.attention",
+    "embedding_grad": "pyeff.ops.embedding_grad",
+    "global_norm": "pyeff.ops.global_norm",
+    "gram_is_cheaper": "pyeff.ops.gram_norms",
+    "gram_norms": "pyeff.ops.gram_norms",
+    "linear_cross_entropy": "pyeff.ops.linear_cross_entropy",
+    "linear_cross_entropy_grad": "pyeff.ops.linear_cross_entropy_grad",
+    "linear_cross_entropy_scores": "pyeff.ops.linear_cross_entropy_scores",
+    "linear_grad": "pyeff.ops.linear_grad",
+    "norm_layer_grad": "pyeff.ops.norm_layer_grad",
+    "optimizer_step": "pyeff.ops.optimizer_step",
+    "vector_grad": "pyeff.ops.vector_grad",
 }
 
 __all__ = [
@@ -65,3 +106,5 @@ __all__ = [
     "optimizer_step",
     "vector_grad",
 ]
+
+import_at_first_use(__name__, _HOMES)
