@@ -129,7 +129,7 @@ def attention(
     _check_options(scale, window, softcap, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    if torch.is_autocast_enabled(q.device.type):
+    if _in_autocast(q):
         q, k, v = _autocast(q, k, v)
     out, lse = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, bool(causal), scale, window, softcap, impl)
     return (out, lse) if return_lse else out
@@ -346,6 +346,10 @@ FORWARD = torch.ops.pyeff.attention_forward.default
 BACKWARD = torch.ops.pyeff.attention_backward.default
 
 
+def _in_autocast(q: Tensor) -> bool:
+    return q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type)
+
+
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     narrow = torch.get_autocast_dtype(device)
@@ -364,7 +368,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlen
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, and is on {tensor.device}")
-    if not torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:
+    if not _in_autocast(q) and not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     if k.shape != v.shape:
         raise ValueError(
