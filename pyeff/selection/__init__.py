@@ -1,5 +1,31 @@
-"""From scores to a subset of the pool: plain NumPy, deterministic, cheap beside any score."""
+"""From scores to a subset of the pool: NumPy and SciPy alone, deterministic, cheap beside any score."""
 
-from pyeff.selection.subset import SELECTORS, Selection, hardest, round_robin, select, top_k
+from pyeff.selection.coverage import Coverage, facility_location
+from pyeff.selection.groups import balanced, by_group, kmeans, kmeans_balanced, quotas
+from pyeff.selection.matrix import ArrayMatrix, ScoreMatrix, Similarities, per_sample
+from pyeff.selection.sampling import boltzmann, uniform
+from pyeff.selection.subset import SELECTORS, Selection, hardest, select, top_k
+from pyeff.selection.targets import bids, round_robin
 
-__all__ = ["SELECTORS", "Selection", "hardest", "round_robin", "select", "top_k"]
+__all__ = [
+    "SELECTORS",
+    "ArrayMatrix",
+    "Coverage",
+    "ScoreMatrix",
+    "Selection",
+    "Similarities",
+    "balanced",
+    "bids",
+    "boltzmann",
+    "by_group",
+    "facility_location",
+    "hardest",
+    "kmeans",
+    "kmeans_balanced",
+    "per_sample",
+    "quotas",
+    "round_robin",
+    "select",
+    "top_k",
+    "uniform",
+]

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pyeff.selection.matrix import IntArray
+from pyeff.selection.sampling import generator
+from pyeff.selection.targets import check_k, round_robin
+
 SELECTORS = ("target_similarity", "nll", "el2n", "entropy", "head_grad_norm", "random")
 """What `select` can rank by; of each score the largest values are kept."""
 
 FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ def top_k(values: ArrayLike, k: int) -> IntArray:
     [2, 0]
     """
     array = np.asarray(values, dtype=np.float64)
-    if k < 0:
-        raise ValueError(f"k must not be negative, got {k}")
+    check_k(k)
     order = np.argsort(-array, kind="stable")
     return order[~np.isnan(array[order])][:k].astype(np.int64)
 
@@ -71,39 +73,6 @@ def hardest(nll: ArrayLike, fraction: float, *, groups: ArrayLike | None = None)
         members = np.flatnonzero((labels == label) & ~np.isnan(array))
         taken.append(members[top_k(array[members], math.floor(fraction * members.size))])
     return np.sort(np.concatenate(taken))
-
-
-def round_robin(similarity: ArrayLike, k: int) -> IntArray:
-    """Let each column in turn take its largest free row until ``k`` rows are taken; in the order taken.
-
-    ``similarity`` is [rows, columns]; rows with a NaN are never taken. Every prefix of the result is the
-    result for a smaller ``k``. Costs a sort of each column. RDS+ (Ivison et al., 2025, arXiv:2503.01807)
-    chooses this way.
-
-    >>> round_robin([[0.9, 0.1], [0.8, 0.2], [0.0, 0.3]], 2).tolist()
-    [0, 2]
-    """
-    matrix = np.asarray(similarity, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ValueError(f"similarity must be [rows, columns] with at least one column, got {matrix.shape}")
-    if k < 0:
-        raise ValueError(f"k must not be negative, got {k}")
-    usable = ~np.isnan(matrix).any(axis=1)
-    k = min(k, int(np.count_nonzero(usable)))
-    order = np.argsort(-matrix, axis=0, kind="stable")
-    free = usable.copy()
-    next_row = [0] * matrix.shape[1]
-    taken: list[int] = []
-    while len(taken) < k:
-        for column in range(matrix.shape[1]):
-            if len(taken) == k:
-                break
-            while not free[order[next_row[column], column]]:
-                next_row[column] += 1
-            row = int(order[next_row[column], column])
-            free[row] = False
-            taken.append(row)
-    return np.asarray(taken, dtype=np.int64)
 
 
 def select(
@@ -154,7 +123,7 @@ def select(
             raise ValueError("score 'target_similarity' needs similarity [N, M]")
         values = matrix.max(axis=1)
     elif score == "random":
-        values = np.random.Generator(np.random.Philox(key=seed)).random(n)
+        values = generator(seed).random(n)
     elif score in fields:
         values = fields[score]
     else:
