@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pyeff.governor.belief import Belief, Interval
 from pyeff.governor.budget import UNITS, Budget, Unit, format_amount
+from pyeff.governor.calibration import Conformal
+from pyeff.governor.control import Advantage, Fading, advantage, estimate_fading, is_control_batch
+from pyeff.governor.drift import (
+    Cusum,
+    DriftReading,
+    alarmed,
+    gradient_drift,
+    next_detector,
+    overlap_drift,
+    rank_drift,
+    utility_drift,
+)
 from pyeff.governor.flops import Cost, TransformerShape, attention_pairs
 from pyeff.governor.ledger import FIELDS, Ledger, LedgerEntry
 from pyeff.governor.log import DecisionLog, replay
 from pyeff.governor.log import read as read_decisions
-from pyeff.governor.payback import PayBack, pay_back, worth_of_training
+from pyeff.governor.payback import PayBack, pay_back, refresh_period, square_root_period, worth_of_training
 from pyeff.governor.policy import (
     Action,
     Decision,
@@ -19,35 +34,115 @@ from pyeff.governor.policy import (
     UniformPolicy,
     recompute,
 )
-from pyeff.governor.signals import PairedGain, paired_gain
+from pyeff.governor.signals import LocalLevel, PairedGain, clustered_gain, paired_gain
+
+if TYPE_CHECKING:
+    from pyeff.governor.laws import (
+        EPOCH,
+        HOFFMANN,
+        HOFFMANN_ROUNDED,
+        MUENNIGHOFF,
+        AnnealShape,
+        Chinchilla,
+        DataConstrained,
+        OffsetPowerLaw,
+        RectifiedLaw,
+        ScheduleLaw,
+        fit_offset_power_law,
+        fit_rectified_law,
+        fit_schedule_law,
+        mean_gain,
+    )
+
+# Their module loads NumPy: at first use, not at import.
+_LAWS = frozenset(
+    {
+        "EPOCH",
+        "HOFFMANN",
+        "HOFFMANN_ROUNDED",
+        "MUENNIGHOFF",
+        "AnnealShape",
+        "Chinchilla",
+        "DataConstrained",
+        "OffsetPowerLaw",
+        "RectifiedLaw",
+        "ScheduleLaw",
+        "fit_offset_power_law",
+        "fit_rectified_law",
+        "fit_schedule_law",
+        "mean_gain",
+    }
+)
 
 __all__ = [
+    "EPOCH",
     "FIELDS",
+    "HOFFMANN",
+    "HOFFMANN_ROUNDED",
+    "MUENNIGHOFF",
     "UNITS",
     "Action",
+    "Advantage",
+    "AnnealShape",
     "Belief",
     "Budget",
+    "Chinchilla",
+    "Conformal",
     "Cost",
+    "Cusum",
+    "DataConstrained",
     "Decision",
     "DecisionLog",
+    "DriftReading",
+    "Fading",
     "Governor",
     "GovernorConfig",
     "Interval",
     "Ledger",
     "LedgerEntry",
+    "LocalLevel",
     "Observation",
+    "OffsetPowerLaw",
     "PairedGain",
     "PayBack",
     "Policy",
+    "RectifiedLaw",
+    "ScheduleLaw",
     "TransformerShape",
     "UniformPolicy",
     "Unit",
+    "advantage",
+    "alarmed",
     "attention_pairs",
+    "clustered_gain",
+    "estimate_fading",
+    "fit_offset_power_law",
+    "fit_rectified_law",
+    "fit_schedule_law",
     "format_amount",
+    "gradient_drift",
+    "is_control_batch",
+    "mean_gain",
+    "next_detector",
+    "overlap_drift",
     "paired_gain",
     "pay_back",
+    "rank_drift",
     "read_decisions",
     "recompute",
+    "refresh_period",
     "replay",
+    "square_root_period",
+    "utility_drift",
     "worth_of_training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAWS:
+        return getattr(importlib.import_module("pyeff.governor.laws"), name)
+    raise AttributeError(f"module 'pyeff.governor' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAWS})

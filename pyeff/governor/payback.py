@@ -43,11 +43,8 @@ def pay_back(
     >>> pay_back(gain_ratio=2.0, decay=100.0, refresh_cost=10.0, remaining=80.0, stale_for=None).pays()
     True
     """
-    for name, value in (("gain_ratio", gain_ratio), ("decay", decay)):
-        if not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    amounts = (("refresh_cost", refresh_cost), ("remaining", remaining), ("stale_for", stale_for or 0.0))
-    for name, value in amounts:
+    _check_selection(gain_ratio, decay, refresh_cost)
+    for name, value in (("remaining", remaining), ("stale_for", stale_for or 0.0)):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be finite and not negative, got {value!r}")
     lost = 1.0 if stale_for is None else -math.expm1(-stale_for / decay)  # share of the advantage gone
@@ -65,3 +62,64 @@ def worth_of_training(*, gain_ratio: float, decay: float, remaining: float, stal
     """
     kept = 0.0 if stale_for is None else math.exp(-stale_for / decay)
     return remaining + (gain_ratio - 1) * kept * decay * -math.expm1(-remaining / decay)
+
+
+def refresh_period(*, gain_ratio: float, decay: float, refresh_cost: float) -> float:
+    """Return the spend P between refreshes that maximises the mean rate of gain when there is no end in sight.
+
+    A cycle pays S and then trains P at 1 + (rho - 1) exp(-x / tau); its mean rate
+
+        (P + (rho - 1) tau (1 - exp(-P / tau))) / (P + S)
+
+    is largest where it equals the rate at the cycle's end (Charnov's marginal value theorem). Infinite when even
+    the best cycle is no better than never selecting: (rho - 1) tau <= S. For S << tau it is
+    :func:`square_root_period`.
+
+    Args:
+        gain_ratio: rho > 0. decay: tau > 0. refresh_cost: S >= 0; amounts in one unit.
+
+    >>> round(refresh_period(gain_ratio=2.0, decay=100.0, refresh_cost=1.0), 1)
+    20.4
+    """
+    _check_selection(gain_ratio, decay, refresh_cost)
+    surplus = gain_ratio - 1
+    if surplus * decay <= refresh_cost:
+        return math.inf
+    if refresh_cost == 0:
+        return 0.0
+
+    def excess(period: float) -> float:
+        """The cycle's mean rate less the rate at its end, times the cycle's length; rises with the period."""
+        rest = math.exp(-period / decay)
+        return surplus * decay * (1 - rest) - surplus * rest * (period + refresh_cost) - refresh_cost
+
+    low, high = 0.0, decay
+    while excess(high) < 0:
+        low, high = high, 2 * high
+        if not math.isfinite(high):
+            return math.inf
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def square_root_period(*, gain_ratio: float, decay: float, refresh_cost: float) -> float:
+    """Return sqrt(2 tau S rho / (rho - 1)), the limit of :func:`refresh_period` for S << tau; infinite for rho <= 1.
+
+    A selector four times cheaper is worth running twice as often.
+    """
+    _check_selection(gain_ratio, decay, refresh_cost)
+    if gain_ratio <= 1:
+        return math.inf
+    return math.sqrt(2 * decay * refresh_cost * gain_ratio / (gain_ratio - 1))
+
+
+def _check_selection(gain_ratio: float, decay: float, refresh_cost: float) -> None:
+    for name, value in (("gain_ratio", gain_ratio), ("decay", decay)):
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if not math.isfinite(refresh_cost) or refresh_cost < 0:
+        raise ValueError(f"refresh_cost must be finite and not negative, got {refresh_cost!r}")

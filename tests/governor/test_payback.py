@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from pyeff.governor import pay_back, worth_of_training
+from pyeff.governor import pay_back, refresh_period, square_root_period, worth_of_training
 
 RATIO = st.floats(1 / 16, 16)
 DECAY = st.floats(0.05, 20)
@@ -94,3 +94,37 @@ def test_wrong_amounts_are_named():
     for name, wrong in (("gain_ratio", 0.0), ("decay", math.inf), ("refresh_cost", -1.0), ("remaining", math.nan)):
         with pytest.raises(ValueError, match=name):
             pay_back(**{**amounts, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("decay", "cost", "ratio", "exact", "square_root"),
+    [(100, 1, 2.0, 20.4, 20.0), (100, 2, 1.5, 37.0, 34.6), (100, 10, 1.3, 126.7, 93.1)],
+)
+def test_the_best_period_between_refreshes_and_its_square_root_limit(decay, cost, ratio, exact, square_root):
+    arguments = {"gain_ratio": ratio, "decay": decay, "refresh_cost": cost}
+    period = refresh_period(**arguments)
+    assert abs(period - exact) <= 0.05
+    assert abs(square_root_period(**arguments) - square_root) <= 0.05
+
+    def rate(length):
+        return (length + (ratio - 1) * decay * -math.expm1(-length / decay)) / (length + cost)
+
+    assert rate(period) >= max(rate(0.99 * period), rate(1.01 * period))
+
+
+@given(st.floats(1.05, 8), st.floats(1, 100), st.floats(1e-6, 1e-4))
+def test_a_four_times_cheaper_selector_is_refreshed_twice_as_often(ratio, decay, share):
+    def period(cost):
+        return refresh_period(gain_ratio=ratio, decay=decay, refresh_cost=cost)
+
+    cost = share * decay * (ratio - 1)
+    # The next term of the expansion is of the order of the period over tau.
+    assert period(4 * cost) / period(cost) == pytest.approx(2, rel=period(4 * cost) / decay)
+
+
+@given(st.floats(1 / 16, 16), st.floats(0.1, 10), st.floats(0, 200))
+def test_a_selection_that_never_returns_its_price_is_never_refreshed(ratio, decay, cost):
+    period = refresh_period(gain_ratio=ratio, decay=decay, refresh_cost=cost)
+    assert math.isinf(period) == ((ratio - 1) * decay <= cost)
+    if ratio <= 1:
+        assert math.isinf(square_root_period(gain_ratio=ratio, decay=decay, refresh_cost=cost))
