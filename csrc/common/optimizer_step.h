@@ -195,23 +195,20 @@ PYEFF_LANE auto widened(U half) {
     return float_of_bits(half << 16);
 }
 
-template <class U>
-PYEFF_LANE auto is_nan(U bits) {
-    return (bits & broadcast(0x7fffffffu, bits)) > broadcast(BITS_OF_INFINITY, bits);
-}
+// NaN of every kind becomes this one.
+constexpr uint32_t BF16_NAN = 0x7fc0u;
 
 template <class F>
 PYEFF_LANE auto rounded_to_nearest(F x) {
     const auto u = bits_of(x);
     const auto rounded = (u + broadcast(0x7fffu, u) + ((u >> 16) & broadcast(1u, u))) >> 16;
-    return select(is_nan(u), (u >> 16) | broadcast(0x40u, u), rounded);
+    return select(x == x, rounded, broadcast(BF16_NAN, u));
 }
 
 // `random` in 0..65535: up with the probability of the part that is cut off.
 template <class F, class U>
 PYEFF_LANE U rounded_at_random(F x, U random) {
-    const U u = bits_of(x);
-    return select(is_nan(u), (u >> 16) | broadcast(0x40u, u), (u + random) >> 16);
+    return select(x == x, (bits_of(x) + random) >> 16, broadcast(BF16_NAN, random));
 }
 
 // The weight to 24 bits: the nearest bf16, and the rest in units of 2^-8 of its last place, in two's complement.
@@ -219,7 +216,7 @@ template <class F, class U>
 PYEFF_LANE void split_in_24_bits(F x, U& half, U& error) {
     const U u = bits_of(x);
     const U rounded = (u + broadcast(0x7fu, u) + ((u >> 8) & broadcast(1u, u))) >> 8;
-    const U kept = select(is_nan(u), broadcast(0x7fc000u, u), rounded);
+    const U kept = select(x == x, rounded, broadcast(BF16_NAN << 8, u));
     half = (kept + broadcast(0x80u, u)) >> 8;
     error = kept & broadcast(0xffu, u);
 }
@@ -231,13 +228,18 @@ PYEFF_LANE auto joined_from_24_bits(U half, U error) {
     return float_of_bits((half << 16) + (error >> 16) - ((error >> 31) << 16));
 }
 
-// Sixteen random bits of element `index` of the block with this key.
+// Sixteen random bits of element `index` of the block with this key, from the count of its element.
+constexpr uint32_t RANDOM_STRIDE = 0x9e3779b9u;
+
 template <class U>
-PYEFF_LANE U random_bits(U index, uint64_t key) {
-    U x = index * broadcast(0x9e3779b9u, index) + broadcast(static_cast<uint32_t>(key), index);
-    x = (x ^ (x >> 16)) * broadcast(0x21f0aaadu, index);
-    x = x ^ broadcast(static_cast<uint32_t>(key >> 32), index);
-    return ((x ^ (x >> 15)) * broadcast(0x735a2d97u, index)) >> 16;
+PYEFF_LANE U random_count(U index, uint64_t key) {
+    return index * broadcast(RANDOM_STRIDE, index) + broadcast(static_cast<uint32_t>(key), index);
+}
+template <class U>
+PYEFF_LANE U random_bits(U count, uint64_t key) {
+    U x = (count ^ (count >> 16)) * broadcast(0x21f0aaadu, count);
+    x = x ^ broadcast(static_cast<uint32_t>(key >> 32), count);
+    return ((x ^ (x >> 15)) * broadcast(0x735a2d97u, count)) >> 16;
 }
 
 // ------------------------------------------------------------------------------------------------ the rules

@@ -89,40 +89,65 @@ float largest_finite(const float* x, int64_t n) {
     return float_of_bits(largest);
 }
 
-float* weights_of(const Block& b, int64_t weight, Buffers& buffers) {
+// Weights in bf16 with what stands beside them.
+template <int64_t WEIGHT>
+struct Halves {
+    uint16_t* p;
+    uint8_t* errors;
+    uint64_t key = 0;
+
+    Halves(const Block& b, const StepScalars& s)
+        : p(static_cast<uint16_t*>(b.p)), errors(static_cast<uint8_t*>(b.master)) {
+        if (WEIGHT == WEIGHT_STOCHASTIC) key = random_key(s, b.index);
+    }
+    template <class U>
+    PYEFF_INLINE auto weight(int64_t i, U u) const {
+        if constexpr (WEIGHT == WEIGHT_ECC8)
+            return joined_from_24_bits(half_like(p + i, u), high_byte_like(errors + i, u));
+        else
+            return widened(half_like(p + i, u));
+    }
+    template <class F, class U>
+    PYEFF_INLINE void keep_weight(int64_t i, F x, U u) {
+        if constexpr (WEIGHT == WEIGHT_STOCHASTIC) {
+            keep_half(p + i, rounded_at_random(x, random_bits(random_count(index_like(i, u), key), key)));
+        } else if constexpr (WEIGHT == WEIGHT_ECC8) {
+            U half = u, error = u;
+            split_in_24_bits(x, half, error);
+            keep_half(p + i, half);
+            keep_byte(errors + i, error);
+        } else {
+            keep_half(p + i, rounded_to_nearest(x));
+        }
+    }
+};
+
+template <int64_t WEIGHT>
+void widen(const Block& b, const StepScalars& s, float* to) {
+    const Halves<WEIGHT> halves(b, s);
+    for_lanes(b.n, [&](int64_t i, auto, auto u) PYEFF_INLINE { keep(to + i, halves.weight(i, u)); });
+}
+
+template <int64_t WEIGHT>
+void narrow(const Block& b, const StepScalars& s, const float* from) {
+    Halves<WEIGHT> halves(b, s);
+    for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE { halves.keep_weight(i, load_like(from + i, f), u); });
+}
+
+float* weights_of(const Block& b, int64_t weight, const StepScalars& s, Buffers& buffers) {
     if (weight == WEIGHT_FLOAT32) return static_cast<float*>(b.p);
     if (weight == WEIGHT_MASTER) return static_cast<float*>(b.master);
-    const auto* p = static_cast<const uint16_t*>(b.p);
-    const auto* errors = static_cast<const uint8_t*>(b.master);
-    if (weight == WEIGHT_ECC8)
-        for_lanes(b.n, [&](int64_t i, auto, auto u) PYEFF_INLINE {
-            keep(buffers.p + i, joined_from_24_bits(half_like(p + i, u), high_byte_like(errors + i, u)));
-        });
-    else
-        for_lanes(b.n, [&](int64_t i, auto, auto u)
-                           PYEFF_INLINE { keep(buffers.p + i, widened(half_like(p + i, u))); });
+    (weight == WEIGHT_ECC8 ? &widen<WEIGHT_ECC8> : &widen<WEIGHT_NEAREST>)(b, s, buffers.p);
     return buffers.p;
 }
 
-void return_weights(const Block& b, int64_t weight, const float* from, const StepScalars& s) {
-    auto* p = static_cast<uint16_t*>(b.p);
-    auto* errors = static_cast<uint8_t*>(b.master);
-    if (weight == WEIGHT_NEAREST || weight == WEIGHT_MASTER) {
-        for_lanes(b.n, [&](int64_t i, auto f, auto)
-                           PYEFF_INLINE { keep_half(p + i, rounded_to_nearest(load_like(from + i, f))); });
-    } else if (weight == WEIGHT_STOCHASTIC) {
-        const uint64_t key = random_key(s, b.index);
-        for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
-            keep_half(p + i, rounded_at_random(load_like(from + i, f), random_bits(index_like(i, u), key)));
-        });
-    } else if (weight == WEIGHT_ECC8) {
-        for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
-            auto half = u, error = u;
-            split_in_24_bits(load_like(from + i, f), half, error);
-            keep_half(p + i, half);
-            keep_byte(errors + i, error);
-        });
-    }
+void return_weights(const Block& b, int64_t weight, const StepScalars& s, const float* from) {
+    if (weight == WEIGHT_STOCHASTIC)
+        narrow<WEIGHT_STOCHASTIC>(b, s, from);
+    else if (weight == WEIGHT_ECC8)
+        narrow<WEIGHT_ECC8>(b, s, from);
+    else if (weight != WEIGHT_FLOAT32)
+        narrow<WEIGHT_NEAREST>(b, s, from);
 }
 
 const float* gradients_of(const Block& b, int64_t g_dtype, const float* p, const StepScalars& s, Buffers& buffers) {
@@ -200,11 +225,11 @@ template <int RULE>
 void update_float(const Block& b, float* p, const float* g, bool nesterov, const StepScalars& s, Buffers&) {
     auto* first = static_cast<float*>(b.first);
     auto* second = static_cast<float*>(b.second);
-    for_lanes(b.n, [&](int64_t i, auto f, auto) PYEFF_INLINE {
+    for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
         auto square = f;
         if (RULE == RULE_ADAM) square = load_like(second + i, f);
-        const auto lane = updated<RULE, false>(load_like(p + i, f), load_like(g + i, f), load_like(first + i, f),
-                                               square, nesterov, s);
+        const auto lane = updated<RULE, false>(load_like(p + i, f), load_like(g + i, f),
+                                               load_like(first + i, f), square, nesterov, s);
         keep(p + i, lane.p);
         keep(first + i, lane.first);
         if (RULE == RULE_ADAM) keep(second + i, lane.second);
@@ -341,9 +366,9 @@ bool optimizer_step(const OptimizerTensor* tensors, int64_t count, const Optimiz
             const StepScalars& s = scalars[i];
             for (int64_t block = begin; block < end; ++block) {
                 const Block b = block_of(t, block, rule);
-                float* p = weights_of(b, t.weight, buffers);
+                float* p = weights_of(b, t.weight, s, buffers);
                 update(b, p, gradients_of(b, t.g_dtype, p, s, buffers), rule.nesterov != 0, s, buffers);
-                if (t.weight != WEIGHT_FLOAT32) return_weights(b, t.weight, p, s);
+                return_weights(b, t.weight, s, p);
             }
         });
     });

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
             const uint32_t index = static_cast<uint32_t>(at & ((int64_t{1} << block_bits) - 1));
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
-                p.halves[i] = static_cast<uint16_t>(rounded_at_random(p.floats[i], random_bits(index + i, key)));
+                p.halves[i] = static_cast<uint16_t>(rounded_at_random(p.floats[i], random_bits(random_count(index + i, key), key)));
         } else if (weight == WEIGHT_ECC8) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {

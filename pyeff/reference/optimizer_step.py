@@ -52,6 +52,7 @@ _BINADE = 1 << 23
 _LARGEST_CODED = 31 / 32  # what k = 127 stands for, relative to the scale
 _SMALLEST_SCALE = 2.0**-126  # below it 1 / scale overflows
 _WORD, _LONG = (1 << 32) - 1, (1 << 64) - 1
+_BF16_NAN = 0x7FC0
 _GOLDEN = 0x9E3779B97F4A7C15
 _NORM_CHUNK = 4096
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -250,14 +251,14 @@ def random_bits(blocks: int, block_size: int, stream: int, *, first_block: int =
 def round_at_random(x: Tensor, random: Tensor) -> Tensor:
     """fp32 to bf16, up with the probability of what is cut off; `random` int64 of the same shape in 0..65535."""
     bits = _bits(x).long()
-    halves = torch.where(x.isnan(), bits >> 16 | 0x40, bits + random >> 16)
+    halves = torch.where(x.isnan(), _BF16_NAN, (bits + random) >> 16)
     return halves.to(torch.int16).view(torch.bfloat16)
 
 
 def split_in_24_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 to the nearest bf16 and the rest, uint8 in two's complement, in units of 2^-8 of its last place."""
     bits = _bits(x).long() & _WORD
-    kept = torch.where(x.isnan(), 0x7FC000, (bits + 0x7F + (bits >> 8 & 1)) >> 8)
+    kept = torch.where(x.isnan(), _BF16_NAN << 8, (bits + 0x7F + (bits >> 8 & 1)) >> 8)
     return (kept + 0x80 >> 8).to(torch.int16).view(torch.bfloat16), (kept & 0xFF).to(torch.uint8)
 
 
