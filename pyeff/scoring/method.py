@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyeff.scoring.classification import Classification
 from pyeff.scoring.language import BatchWork, LanguageScoring, is_language_data
 from pyeff.scoring.scores import Scores, average, shares
-from pyeff.scoring.store import ScoreStore
+from pyeff.scoring.store import AVERAGE, ScoreStore
 from pyeff.scoring.work import ScoredBatch, Work, device_of, evaluating, model_fingerprint
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class ScoreMethod(ABC):
         mean = average(parts)
         if path is None:
             return mean
-        mean.write(Path(path) / "average.parquet")
+        mean.write(Path(path) / AVERAGE)
         return Scores(mean.table, Path(path))
 
     def _score(

@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyeff._files import PARTIAL, OnlyProcess, write_atomic, write_text_atomic
 from pyeff.errors import UserError
@@ -27,49 +27,71 @@ if TYPE_CHECKING:
 PART_SECONDS = 15.0
 PART_ROWS = 1 << 16
 
+AVERAGE = "average.parquet"
+BY_TARGETS = "scores.parquet"
+"""Tables beside the directories of what they were computed from."""
+
 _HEADER = "header.json"
 _FORMAT = 1
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 _KEY = b"pyeff.scores"
 
+Store = TypeVar("Store", bound="PartStore")
 
-class ScoreStore:
-    """Rows of a scoring, by batch: in memory and, with a ``path``, in the directory of that name.
 
-    ``header`` is JSON and says what was scored by what and how; a directory with another one is refused. Use it as a
+class PartStore:
+    """Rows by batch in a directory of Parquet parts, or in memory without a ``path``.
+
+    ``header`` is JSON and says what was made by what and how; a directory with another one is refused. Use it as a
     context manager, which holds the directory's lock and writes the rows not yet written when it ends, also by an
     error.
 
-    Raises `UserError` for a directory of something else, of other scores, or with a damaged part, and leaves it as it
+    Raises `UserError` for a directory of something else, of another header, or with a damaged part, and leaves it as it
     was.
     """
+
+    what = "scores"
+    """What messages call the rows."""
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
         self._header = {"format": _FORMAT, **header}
         self._digest = _digest(self._header)
         self._resume = resume
-        self._parts: list[pa.Table] = []
-        self._rows: dict[str, list[Any]] = {}
         self._batches: list[int] = []
         self.done: set[int] = set()
-        """Numbers of the batches that have their scores."""
+        """Numbers of the batches that have their rows."""
         self._text_ids: bool | None = None
         self._lock: OnlyProcess | None = None
         self._written_at = time.monotonic()
 
-    def __enter__(self) -> ScoreStore:
+    def _take_in(self) -> None:
+        """Read what is there of the directory into ``done`` and whatever else is kept."""
+        raise NotImplementedError
+
+    def _table(self) -> pa.Table:
+        """The rows not yet written."""
+        raise NotImplementedError
+
+    def _keep(self, table: pa.Table) -> None:
+        """Take note of rows that are written, or stay in memory."""
+        raise NotImplementedError
+
+    def _write(self, table: pa.Table, file: Any) -> None:
+        arrow("parquet").write_table(table, file, write_page_checksum=True)
+
+    def __enter__(self: Store) -> Store:
         if self.path is None:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be made a directory for scores: {error.strerror}") from error
-        found = _header_of(self.path)
+            raise UserError(f"{self.path} cannot be made a directory for {self.what}: {error.strerror}") from error
+        found = header_of(self.path, self.what)
         if found is not None:
             self._refuse_another(found)
         elif any(entry.name != "lock" and not entry.name.startswith(PARTIAL) for entry in self.path.iterdir()):
-            raise UserError(f"{self.path} holds files but no {_HEADER}, so no scores: choose another directory")
+            raise UserError(f"{self.path} holds files but no {_HEADER}, so no {self.what}: choose another directory")
         self._lock = OnlyProcess(self.path)
         self._lock.__enter__()
         try:
@@ -77,10 +99,7 @@ class ScoreStore:
                 leftover.unlink()
             if found is None:
                 write_text_atomic(self.path / _HEADER, json.dumps(self._header, indent=1))
-            for table, batches in _read_parts(self.path, self._digest):
-                self._parts.append(table)
-                self.done.update(batches)
-                self._text_ids = _has_text_ids(table)
+            self._take_in()
         except BaseException:
             self._lock.__exit__()
             raise
@@ -97,11 +116,62 @@ class ScoreStore:
         for key, own in self._header.items():
             if found.get(key) != own:
                 raise UserError(
-                    f"{self.path} holds scores of another {key} ({found.get(key)!r} there, {own!r} here): "
+                    f"{self.path} holds {self.what} of another {key} ({found.get(key)!r} there, {own!r} here): "
                     "choose another directory"
                 )
         if not self._resume:
-            raise UserError(f"{self.path} holds these scores already: resume, or choose another directory")
+            raise UserError(f"{self.path} holds these {self.what} already: resume, or choose another directory")
+
+    def _begin(self, batch: int, ids: Sequence[SampleId]) -> None:
+        """Refuse ids of two types, and begin another part where a batch does not follow the one before."""
+        if ids and self._text_ids is None:
+            self._text_ids = isinstance(ids[0], str)
+        odd = next((sample for sample in ids if isinstance(sample, str) != self._text_ids), None)
+        if odd is not None:
+            raise ValueError(f"ids must be all strings or all integers, got both, such as {odd!r}")
+        if self._batches and batch != self._batches[-1] + 1:
+            self._flush()
+
+    def _end(self, batch: int, *, full: bool) -> None:
+        """Take note of a batch whose rows are taken in; write a part where it is ``full`` or time."""
+        self._batches.append(batch)
+        self.done.add(batch)
+        if full or time.monotonic() - self._written_at >= PART_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._batches:
+            return
+        table = self._table()
+        if self.path is not None:
+            mark = {"header": self._digest, "batches": self._batches}
+            marked = table.replace_schema_metadata({_KEY: json.dumps(mark).encode()})
+            try:
+                write_atomic(self.path / part_name(self._batches[0]), lambda file: self._write(marked, file))
+            except OSError as error:
+                raise UserError(
+                    f"{self.what} cannot be written to {self.path} ({error}): make room, then go on; what is there "
+                    "is kept"
+                ) from error
+        self._keep(table)
+        self._batches = []
+        self._written_at = time.monotonic()
+
+
+class ScoreStore(PartStore):
+    """Rows of a scoring, by batch: in memory and, with a ``path``, in the directory of that name."""
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool) -> None:
+        super().__init__(path, header, resume=resume)
+        self._parts: list[pa.Table] = []
+        self._rows: dict[str, list[Any]] = {}
+
+    def _take_in(self) -> None:
+        assert self.path is not None
+        for table, batches in read_parts(self.path, self._digest, _read_table):
+            self._parts.append(table)
+            self.done.update(batches)
+            self._text_ids = has_text_ids(table)
 
     def __len__(self) -> int:
         return sum(part.num_rows for part in self._parts) + len(self._rows.get("id", ()))
@@ -113,44 +183,19 @@ class ScoreStore:
 
     def append(self, batch: int, rows: Mapping[str, Sequence[Any]]) -> None:
         """Add the rows of one batch: a list for each column but those of the header."""
-        if self._text_ids is None:
-            self._text_ids = isinstance(rows["id"][0], str)
-        odd = next((sample for sample in rows["id"] if isinstance(sample, str) != self._text_ids), None)
-        if odd is not None:
-            raise ValueError(f"ids must be all strings or all integers, got both, such as {odd!r}")
-        if self._batches and batch != self._batches[-1] + 1:
-            self._flush()
+        self._begin(batch, rows["id"])
         for name, values in rows.items():
             self._rows.setdefault(name, []).extend(values)
-        self._batches.append(batch)
-        self.done.add(batch)
-        if len(self._rows["id"]) >= PART_ROWS or time.monotonic() - self._written_at >= PART_SECONDS:
-            self._flush()
+        self._end(batch, full=len(self._rows["id"]) >= PART_ROWS)
 
-    def _flush(self) -> None:
-        if not self._batches:
-            return
-        pa = arrow()
+    def _table(self) -> pa.Table:
         count = len(self._rows["id"])
         constant = {key: [self._header[key]] * count for key in ("method", "seed", "checkpoint")}
-        table = pa.table({**self._rows, **constant}, schema=schema(text_ids=bool(self._text_ids)))
-        if self.path is not None:
-            mark = {"header": self._digest, "batches": self._batches}
-            marked = table.replace_schema_metadata({_KEY: json.dumps(mark).encode()})
-            parquet = arrow("parquet")
-            try:
-                write_atomic(
-                    self.path / f"part-{self._batches[0]:06d}.parquet",
-                    lambda file: parquet.write_table(marked, file, write_page_checksum=True),
-                )
-            except OSError as error:
-                raise UserError(
-                    f"scores cannot be written to {self.path} ({error}): make room, then score again; what is there "
-                    "is kept"
-                ) from error
+        return arrow().table({**self._rows, **constant}, schema=schema(text_ids=bool(self._text_ids)))
+
+    def _keep(self, table: pa.Table) -> None:
         self._parts.append(table)
-        self._rows, self._batches = {}, []
-        self._written_at = time.monotonic()
+        self._rows = {}
 
     def scores(self) -> Scores:
         """All rows, in the order of the dataset."""
@@ -168,12 +213,13 @@ def read_scores(path: str | Path) -> Scores:
     path = Path(path)
     if path.is_file():
         return Scores(_read_table(path)[0])
-    header = _header_of(path) if path.is_dir() else None
+    header = header_of(path, "scores") if path.is_dir() else None
     if header is None:
-        if (path / "average.parquet").is_file():
-            return Scores(_read_table(path / "average.parquet")[0], path)
+        for name in (AVERAGE, BY_TARGETS):
+            if (path / name).is_file():
+                return Scores(_read_table(path / name)[0], path)
         raise UserError(f"there are no scores at {path}")
-    parts = _read_parts(path, _digest(header))
+    parts = read_parts(path, _digest(header), _read_table)
     scores = _joined([table for table, _ in parts], path)
     if len(scores) != header.get("samples"):
         raise UserError(
@@ -189,7 +235,8 @@ def _joined(parts: Sequence[pa.Table], path: Path | None) -> Scores:
     return Scores(pa.concat_tables(parts).sort_by("index").combine_chunks(), path)
 
 
-def _header_of(directory: Path) -> dict[str, Any] | None:
+def header_of(directory: Path, what: str) -> dict[str, Any] | None:
+    """The header of a directory of scores, or of features; None where there is none."""
     file = directory / _HEADER
     if not file.exists():
         return None
@@ -198,45 +245,86 @@ def _header_of(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}): choose another directory") from error
     if not isinstance(header, dict) or "method" not in header:
-        raise UserError(f"{file} is not the header of scores: choose another directory")
+        raise UserError(f"{file} is not the header of {what}: choose another directory")
+    if header.get("kind", "scores") != what:
+        raise UserError(f"{directory} holds {header.get('kind', 'scores')}, not {what}")
     return header
+
+
+def part_name(batch: int) -> str:
+    """Name of the part that begins with this batch."""
+    return f"part-{batch:06d}.parquet"
 
 
 def _digest(header: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _read_parts(directory: Path, digest: str) -> list[tuple[pa.Table, list[int]]]:
+def read_parts(
+    directory: Path,
+    digest: str,
+    read: Callable[[Path], tuple[pa.Table, dict[str, Any]]],
+    *,
+    what: str = "scores",
+) -> list[tuple[pa.Table, list[int]]]:
+    """What ``read`` finds in every part of a directory, by their names, and the numbers of its batches."""
     parts: list[tuple[pa.Table, list[int]]] = []
     seen: set[int] = set()
-    for file in sorted(path for path in directory.iterdir() if _PART.fullmatch(path.name)):
-        table, mark = _read_table(file)
+    for file in part_files(directory):
+        table, mark = read(file)
         try:
             batches = [int(batch) for batch in mark["batches"]]
             known = mark["header"] == digest
         except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{file} is not a part of these scores: move it away") from error
-        if not known or seen & set(batches) or (parts and _has_text_ids(table) != _has_text_ids(parts[0][0])):
-            raise UserError(f"{file} is a part of other scores: move it away")
+            raise UserError(f"{file} is not a part of these {what}: move it away") from error
+        if not known or seen & set(batches) or (parts and has_text_ids(table) != has_text_ids(parts[0][0])):
+            raise UserError(f"{file} is a part of other {what}: move it away")
         seen.update(batches)
         parts.append((table, batches))
     return parts
 
 
-def _read_table(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+def part_files(directory: Path) -> list[Path]:
+    """The parts of a directory, in the order of their batches."""
+    found = [(_PART.fullmatch(path.name), path) for path in directory.iterdir()]
+    numbered = [(int(match[1]), path) for match, path in found if match is not None]
+    return [path for _, path in sorted(numbered)]
+
+
+def open_part(file: Path, *, what: str = "scores") -> tuple[Any, dict[str, Any]]:
+    """A part opened by pyarrow, and what its metadata say of it."""
     pa, parquet = arrow(), arrow("parquet")
     try:
         # Not as part of a data set: pyarrow would read columns out of the names of directories.
-        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
-            table = opened.read()
-        mark = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+        opened = parquet.ParquetFile(file, page_checksum_verification=True)
+        mark = json.loads((opened.schema_arrow.metadata or {}).get(_KEY, b"{}"))
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} cannot be read ({reason}): delete it and score again to make it anew") from error
+        raise damaged(file, error, what) from error
+    return opened, mark if isinstance(mark, dict) else {}
+
+
+def damaged(file: Path, error: Exception, what: str = "scores") -> UserError:
+    """The error for a part that cannot be read."""
+    reason = " ".join(str(error).split())[:200]
+    again = "score again" if what == "scores" else "go on with the same arguments"
+    return UserError(f"{file} cannot be read ({reason}): delete it and {again} to make it anew")
+
+
+def _read_table(file: Path) -> tuple[pa.Table, dict[str, Any]]:
+    pa = arrow()
+    opened, mark = open_part(file)
+    try:
+        with opened:
+            table = opened.read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(file, error) from error
     if not any(table.schema.equals(schema(text_ids=text)) for text in (True, False)):
         raise UserError(f"{file} is not a table of scores: move it away")
-    return table.replace_schema_metadata(None), mark if isinstance(mark, dict) else {}
+    if table["id"].null_count:
+        raise UserError(f"{file} holds a row without an id: move it away")
+    return table.replace_schema_metadata(None), mark
 
 
-def _has_text_ids(table: pa.Table) -> bool:
+def has_text_ids(table: pa.Table) -> bool:
+    """Whether the ids of a table are strings."""
     return bool(arrow().types.is_string(table.schema.field("id").type))
