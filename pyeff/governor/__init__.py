@@ -19,6 +19,8 @@ from pyeff.governor.drift import (
     rank_drift,
     utility_drift,
 )
+from pyeff.governor.energy import EnergyMeter
+from pyeff.governor.experts import ExpertRows, expert_rows
 from pyeff.governor.flops import Cost, TransformerShape, attention_pairs
 from pyeff.governor.ledger import FIELDS, Ledger, LedgerEntry
 from pyeff.governor.log import DecisionLog, replay
@@ -35,6 +37,7 @@ from pyeff.governor.policy import (
     recompute,
 )
 from pyeff.governor.signals import LocalLevel, PairedGain, clustered_gain, paired_gain
+from pyeff.governor.speculative import Speculation, best_speculation, speculation, tokens_per_pass
 
 if TYPE_CHECKING:
     from pyeff.governor.laws import (
@@ -94,6 +97,8 @@ __all__ = [
     "Decision",
     "DecisionLog",
     "DriftReading",
+    "EnergyMeter",
+    "ExpertRows",
     "Fading",
     "Governor",
     "GovernorConfig",
@@ -108,14 +113,17 @@ __all__ = [
     "Policy",
     "RectifiedLaw",
     "ScheduleLaw",
+    "Speculation",
     "TransformerShape",
     "UniformPolicy",
     "Unit",
     "advantage",
     "alarmed",
     "attention_pairs",
+    "best_speculation",
     "clustered_gain",
     "estimate_fading",
+    "expert_rows",
     "fit_offset_power_law",
     "fit_rectified_law",
     "fit_schedule_law",
@@ -132,7 +140,9 @@ __all__ = [
     "recompute",
     "refresh_period",
     "replay",
+    "speculation",
     "square_root_period",
+    "tokens_per_pass",
     "utility_drift",
     "worth_of_training",
 ]

@@ -31,7 +31,7 @@ def is_control_batch(step: int, *, fraction: float = 0.05, seed: int = 0) -> boo
         seed: of the run.
 
     >>> sum(is_control_batch(step, fraction=0.1) for step in range(1000))
-    105
+    120
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction!r}")

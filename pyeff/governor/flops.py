@@ -11,7 +11,7 @@ caller says which, as ``attention_pairs``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
@@ -20,12 +20,17 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 Trainable = Literal["full", "lora"]
 
 
-def attention_pairs(lengths: Iterable[int]) -> int:
-    """Return the query-key pairs of sequences attended one by one, sum of L squared (no causal skipping).
+def attention_pairs(lengths: Iterable[int], *, causal: bool = False) -> int:
+    """Return the query-key pairs of sequences attended one by one: sum of L^2, or of L (L + 1) / 2 if causal.
 
-    >>> attention_pairs([3, 4])
-    25
+    The causal count is what the mathematics needs, and what a kernel that skips the masked half executes but for the
+    tiles on the diagonal.
+
+    >>> attention_pairs([3, 4]), attention_pairs([3, 4], causal=True)
+    (25, 16)
     """
+    if causal:
+        return sum(length * (length + 1) // 2 for length in lengths)
     return sum(length * length for length in lengths)
 
 
@@ -59,6 +64,8 @@ class TransformerShape:
         gated_mlp: three MLP matrices (gate, up, down) instead of two (up, down).
         vocab_size: rows of the output head.
         tied_embeddings: input embedding and output head are one matrix.
+        experts: of a mixture of experts, all of them: each layer's router is a product of h with as many outputs,
+            trained with the rest. 0 is dense. Padding is not in these numbers: see `pyeff.governor.expert_rows`.
 
     Raises ValueError for a size that is not a positive integer.
 
@@ -78,6 +85,7 @@ class TransformerShape:
     gated_mlp: bool
     vocab_size: int
     tied_embeddings: bool = False
+    experts: int = 0
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -85,7 +93,7 @@ class TransformerShape:
             if item.name in ("gated_mlp", "tied_embeddings"):
                 if not isinstance(value, bool):
                     raise TypeError(f"{item.name} must be True or False, got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            elif isinstance(value, bool) or not isinstance(value, int) or value < (item.name != "experts"):
                 raise ValueError(f"{item.name} must be a positive integer, got {value!r}")
 
     @property
@@ -150,6 +158,36 @@ class TransformerShape:
         )
         return cost(tokens, pairs, head_tokens)
 
+    def model_flops(
+        self,
+        lengths: Sequence[int],
+        *,
+        head_tokens: int | None = None,
+        trainable: Trainable = "full",
+        lora_rank: int = 0,
+        lora_targets: Iterable[str] = ("q", "v"),
+        frozen_embedding: bool = False,
+    ) -> int:
+        """Return what the mathematics of one step needs, however it is run: the numerator of model-FLOP utilisation.
+
+        Causal pairs of each sequence alone, and no recomputation. What a run executes (:meth:`train`) is more by the
+        masked pairs, the recomputation and the padding; the two belong in separate columns of the ledger.
+
+        Args:
+            lengths: tokens of each sequence.
+            head_tokens: positions whose logits are needed; None is all.
+            trainable, lora_rank, lora_targets, frozen_embedding: as in :meth:`train_cost`.
+        """
+        return self.train(
+            sum(lengths),
+            attention_pairs=attention_pairs(lengths, causal=True),
+            head_tokens=head_tokens,
+            trainable=trainable,
+            lora_rank=lora_rank,
+            lora_targets=lora_targets,
+            frozen_embedding=frozen_embedding,
+        )
+
     def train_cost(
         self,
         *,
@@ -202,7 +240,7 @@ class TransformerShape:
 @lru_cache(maxsize=64)
 def _forward_cost(shape: TransformerShape) -> Cost:
     return Cost(
-        per_token=shape.layers * sum(2 * n * m for n, m in shape.linears.values()),
+        per_token=shape.layers * (sum(2 * n * m for n, m in shape.linears.values()) + _router(shape)),
         per_pair=shape.layers * 4 * shape.query_width,
         per_head_token=2 * shape.hidden_size * shape.vocab_size,
     )
@@ -265,12 +303,17 @@ def _layer_backward(
     per_pair = 2 * shape.query_width * (query + key + (query or key) + value)
     flows = linear("o", query or key or value) or flows
     needs = flows or full
+    per_token += _router(shape) * (needs + full)
     if shape.gated_mlp:
         inner = linear("gate", needs) | linear("up", needs)
     else:
         inner = linear("up", needs)
     flows = linear("down", inner) or flows
     return per_token, per_pair, flows
+
+
+def _router(shape: TransformerShape) -> int:
+    return 2 * shape.hidden_size * shape.experts
 
 
 def _work(tokens: int, pairs: int | None, head_tokens: int | None) -> tuple[int, int, int]:

@@ -17,13 +17,15 @@ _TOKEN_FIELDS = ("train", "cooldown")
 class LedgerEntry:
     """What one field has cost: FLOPs and tokens as exact integers, seconds, and joules or None.
 
-    ``joules`` is None as soon as some work was charged without a reading of an energy counter.
+    ``flops`` are those executed; ``model_flops`` those the mathematics needed, without recomputation, masked pairs and
+    padding. ``joules`` and ``model_flops`` are None as soon as some work was charged without them.
     """
 
     flops: int = 0
     seconds: float = 0.0
     tokens: int = 0
     joules: float | None = 0.0
+    model_flops: int | None = 0
 
 
 class Ledger:
@@ -59,6 +61,7 @@ class Ledger:
         seconds: float = 0.0,
         tokens: int = 0,
         joules: float | None = None,
+        model_flops: float | None = None,
     ) -> None:
         """Add the cost of some work to one field.
 
@@ -69,6 +72,7 @@ class Ledger:
             tokens: input tokens processed (a token trained on twice counts twice).
             joules: energy over the same work, or None where no counter was read; a single such charge makes
                 the field's joules None, since a partial sum would be read as a total.
+            model_flops: FLOPs the mathematics needed, at most ``flops`` (`TransformerShape.model_flops`); likewise.
 
         Raises ValueError for an unknown field and for a negative, non-finite or fractional (tokens) amount.
         """
@@ -82,7 +86,15 @@ class Ledger:
             new_joules = None if new_joules is None else new_joules + energy
         elif flops or seconds:
             new_joules = None
-        self._entries[field] = LedgerEntry(new_flops, new_seconds, new_tokens, new_joules)
+        new_model = entry.model_flops
+        if model_flops is not None:
+            needed = round(_amount("model_flops", model_flops))
+            if needed > round(flops):
+                raise ValueError(f"model_flops must not exceed flops ({flops!r}), got {model_flops!r}")
+            new_model = None if new_model is None else new_model + needed
+        elif flops:
+            new_model = None
+        self._entries[field] = LedgerEntry(new_flops, new_seconds, new_tokens, new_joules, new_model)
 
     def entry(self, field: str) -> LedgerEntry:
         """Return a copy of one field's totals; ValueError for an unknown field."""
@@ -115,15 +127,16 @@ class Ledger:
     def table(self) -> list[dict[str, Any]]:
         """Return rows for a report: one per field in the order of ``FIELDS``, then ``total``.
 
-        Each row has ``field``, ``flops``, ``seconds``, ``tokens``, ``joules`` (or None) and ``share``, the
-        fraction of all FLOPs. The total includes ``discarded``: it is what the machine did, which may be more
-        than :meth:`spent`.
+        Each row has ``field``, ``flops``, ``seconds``, ``tokens``, ``joules`` and ``model_flops`` (or None) and
+        ``share``, the fraction of all FLOPs. The total includes ``discarded``: it is what the machine did, which may
+        be more than :meth:`spent`.
         """
         total = LedgerEntry(
             flops=sum(entry.flops for entry in self._entries.values()),
             seconds=math.fsum(entry.seconds for entry in self._entries.values()),
             tokens=sum(entry.tokens for entry in self._entries.values()),
-            joules=_sum_joules(entry.joules for entry in self._entries.values()),
+            joules=_sum_known(entry.joules for entry in self._entries.values()),
+            model_flops=_sum_known(entry.model_flops for entry in self._entries.values()),
         )
         rows = [(field, self._entries[field]) for field in FIELDS] + [("total", total)]
         return [
@@ -132,17 +145,18 @@ class Ledger:
         ]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return ``{field: {flops, seconds, tokens, joules}}``; survives JSON exactly."""
+        """Return ``{field: {flops, seconds, tokens, joules, model_flops}}``; survives JSON exactly."""
         return {field: asdict(entry) for field, entry in self._entries.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace all totals by a saved state; ValueError, and no change, when a field is missing or unknown."""
         if set(state) != set(FIELDS):
             raise ValueError(f"state must have the fields {', '.join(FIELDS)}, got {', '.join(map(str, state))}")
-        names = {"flops", "seconds", "tokens", "joules"}
+        names = {"flops", "seconds", "tokens", "joules", "model_flops"}
         entries = {}
         for field in FIELDS:
-            saved = state[field]
+            # Ledgers saved before model FLOPs were counted: not known.
+            saved = {"model_flops": None, **state[field]}
             if set(saved) != names:
                 raise ValueError(f"state[{field!r}] must have {', '.join(sorted(names))}, got {sorted(saved)}")
             entries[field] = LedgerEntry(
@@ -150,6 +164,7 @@ class Ledger:
                 seconds=_amount("seconds", saved["seconds"]),
                 tokens=_whole("tokens", saved["tokens"]),
                 joules=None if saved["joules"] is None else _amount("joules", saved["joules"]),
+                model_flops=None if saved["model_flops"] is None else _whole("model_flops", saved["model_flops"]),
             )
         self._entries = entries
 
@@ -189,6 +204,8 @@ def _whole(name: str, value: float) -> int:
     return int(amount)
 
 
-def _sum_joules(values: Any) -> float | None:
+def _sum_known(values: Any) -> Any:
     known = list(values)
-    return None if any(value is None for value in known) else math.fsum(known)
+    if any(value is None for value in known):
+        return None
+    return sum(known) if all(isinstance(value, int) for value in known) else math.fsum(known)

@@ -288,3 +288,41 @@ def test_wrong_arguments_are_named():
         dataclasses.replace(shape, hidden_size=0)
     with pytest.raises(TypeError, match="gated_mlp"):
         dataclasses.replace(shape, gated_mlp=1)
+
+
+@given(st.lists(st.integers(0, 300), max_size=6))
+def test_causal_pairs_are_the_ones_on_and_below_the_diagonal(lengths):
+    expected = sum(1 for length in lengths for query in range(length) for key in range(query + 1))
+    assert attention_pairs(lengths, causal=True) == expected
+
+
+def test_model_flops_leave_out_masked_pairs_and_recomputation():
+    _, shape = llama()
+    lengths = [16, 8]
+    model = shape.model_flops(lengths)
+    assert model == shape.train(24, attention_pairs=attention_pairs(lengths, causal=True))
+    assert model < shape.train(24, attention_pairs=attention_pairs(lengths)) < shape.train(24)
+    assert shape.train(24) < shape.train(24, checkpointing=True)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_mixture_of_experts_agrees_with_the_counter(backward):
+    config = transformers.MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=211,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    model = transformers.MixtralForCausalLM(config)
+    dense = shape_of(config, kv_heads=2, intermediate=2 * 96, gated=True)
+    shape = dataclasses.replace(dense, experts=4)
+    ours = shape.train(24) if backward else shape.forward(24)
+    found = counted(model, backward=backward)
+    assert agrees(ours, found)
+    assert not agrees(dense.train(24) if backward else dense.forward(24), found)  # the router is seen

@@ -147,3 +147,28 @@ def test_a_state_that_is_not_one_is_refused_and_changes_nothing():
     assert ledger.spent("flops") == 7
     with pytest.raises(ValueError, match="unit must be one of"):
         ledger.spent("hours")
+
+
+def test_model_flops_stand_beside_those_executed_and_are_unknown_once_one_charge_came_without():
+    ledger = Ledger()
+    ledger.charge("train", flops=400, model_flops=300)
+    ledger.charge("eval", seconds=1.0)  # no FLOPs: nothing is missing
+    assert ledger.table()[-1]["model_flops"] == 300
+    assert ledger.spent("flops") == 400
+    ledger.charge("train", flops=10)
+    assert ledger.entry("train").model_flops is None
+    assert ledger.table()[-1]["model_flops"] is None
+    with pytest.raises(ValueError, match="model_flops must not exceed flops"):
+        ledger.charge("train", flops=10, model_flops=11)
+
+
+def test_a_ledger_saved_before_model_flops_were_counted_is_read():
+    ledger = Ledger()
+    ledger.charge("train", flops=400, model_flops=300, seconds=2.0)
+    state = ledger.state_dict()
+    for entry in state.values():
+        del entry["model_flops"]
+    again = Ledger()
+    again.load_state_dict(state)
+    assert again.spent("flops") == 400
+    assert again.entry("train").model_flops is None

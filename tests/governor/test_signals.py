@@ -169,5 +169,5 @@ def test_the_filter_knows_what_it_does_not_know():
         lambda: belief.predicted(drift_variance=-1.0),
         lambda: belief.predicted(drift_variance=1.0, factor=0.0),
     ):
-        with pytest.raises(ValueError, match="must be (positive and )?finite|must be finite and not negative"):
+        with pytest.raises(ValueError, match=r"must be (positive|finite)"):
             broken()
