@@ -21,6 +21,7 @@ void bind_linear_cross_entropy_grad(py::module_& m);
 void bind_linear_cross_entropy_scores(py::module_& m);
 void bind_linear_grad(py::module_& m);
 void bind_optimizer_step(py::module_& m);
+void bind_sketch_grads(py::module_& m);
 void bind_vector_grad(py::module_& m);
 
 namespace {
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_native, m) {
     bind_linear_cross_entropy_scores(m);
     bind_linear_grad(m);
     bind_optimizer_step(m);
+    bind_sketch_grads(m);
     bind_vector_grad(m);
 #ifdef PYEFF_CUDA
     // None when a kernel of this build can run on the current device, else the reason.

@@ -17,6 +17,7 @@ from pyeff._lazy import import_at_first_use
 if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
     from pyeff.errors import UserError
+    from pyeff.memory import AttentionRerunError, Checkpoints, UnsupportedMaskError, checkpoint
     from pyeff.observation import (
         GradientObservation,
         NoiseScale,
@@ -34,12 +35,16 @@ if TYPE_CHECKING:
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
     from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
     from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
+    from pyeff.ops.sketch_grads import AdamWDirection, Sketch, sketch_grads
     from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "AdamWDirection": "pyeff.ops",
+    "AttentionRerunError": "pyeff.memory",
+    "Checkpoints": "pyeff.memory",
     "EmbeddingGrad": "pyeff.ops",
     "GradientObservation": "pyeff.observation",
     "HeadGrad": "pyeff.ops",
@@ -49,10 +54,13 @@ _HOMES = {
     "NormLayerGrad": "pyeff.ops",
     "OptimizerRule": "pyeff.ops",
     "OptimizerStates": "pyeff.ops",
+    "Sketch": "pyeff.ops",
     "TokenScores": "pyeff.ops",
     "UnobservableError": "pyeff.observation",
     "VectorGrad": "pyeff.ops",
+    "UnsupportedMaskError": "pyeff.memory",
     "attention": "pyeff.ops",
+    "checkpoint": "pyeff.memory",
     "embedding_grad": "pyeff.ops",
     "global_norm": "pyeff.ops",
     "gram_is_cheaper": "pyeff.ops",
@@ -63,6 +71,7 @@ _HOMES = {
     "linear_grad": "pyeff.ops",
     "norm_layer_grad": "pyeff.ops",
     "observe": "pyeff.observation",
+    "sketch_grads": "pyeff.ops",
     "vector_grad": "pyeff.ops",
     "optimizer_step": "pyeff.ops",
     "Explanation": "pyeff._info",
@@ -85,6 +94,9 @@ _SUBPACKAGES = (
 )
 
 __all__ = [
+    "AdamWDirection",
+    "AttentionRerunError",
+    "Checkpoints",
     "EmbeddingGrad",
     "Explanation",
     "GradientObservation",
@@ -96,11 +108,14 @@ __all__ = [
     "NormLayerGrad",
     "OptimizerRule",
     "OptimizerStates",
+    "Sketch",
     "TokenScores",
     "UnobservableError",
+    "UnsupportedMaskError",
     "UserError",
     "VectorGrad",
     "attention",
+    "checkpoint",
     "embedding_grad",
     "explain",
     "global_norm",
@@ -114,6 +129,7 @@ __all__ = [
     "norm_layer_grad",
     "observe",
     "optimizer_step",
+    "sketch_grads",
     "vector_grad",
 ]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
     from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
     from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
+    from pyeff.ops.sketch_grads import AdamWDirection, Sketch, sketch_grads
     from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
 
@@ -56,17 +57,20 @@ OPERATIONS: Mapping[str, Operation] = _Operations(
     "linear_grad",
     "norm_layer_grad",
     "optimizer_step",
+    "sketch_grads",
     "vector_grad",
 )
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "AdamWDirection": "pyeff.ops.sketch_grads",
     "EmbeddingGrad": "pyeff.ops.embedding_grad",
     "HeadGrad": "pyeff.ops.linear_cross_entropy_grad",
     "LinearGrad": "pyeff.ops.linear_grad",
     "NormLayerGrad": "pyeff.ops.norm_layer_grad",
     "OptimizerRule": "pyeff.ops.optimizer_step",
     "OptimizerStates": "pyeff.ops.optimizer_step",
+    "Sketch": "pyeff.ops.sketch_grads",
     "TokenScores": "pyeff.ops.linear_cross_entropy_scores",
     "VectorGrad": "pyeff.ops.vector_grad",
     "attention": "pyeff.ops.attention",
@@ -80,17 +84,20 @@ _HOMES = {
     "linear_grad": "pyeff.ops.linear_grad",
     "norm_layer_grad": "pyeff.ops.norm_layer_grad",
     "optimizer_step": "pyeff.ops.optimizer_step",
+    "sketch_grads": "pyeff.ops.sketch_grads",
     "vector_grad": "pyeff.ops.vector_grad",
 }
 
 __all__ = [
     "OPERATIONS",
+    "AdamWDirection",
     "EmbeddingGrad",
     "HeadGrad",
     "LinearGrad",
     "NormLayerGrad",
     "OptimizerRule",
     "OptimizerStates",
+    "Sketch",
     "TokenScores",
     "VectorGrad",
     "attention",
@@ -104,6 +111,7 @@ __all__ = [
     "linear_grad",
     "norm_layer_grad",
     "optimizer_step",
+    "sketch_grads",
     "vector_grad",
 ]
 

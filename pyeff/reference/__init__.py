@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from pyeff.reference.linear_grad import linear_grad
     from pyeff.reference.norm_layer_grad import norm_layer_grad
     from pyeff.reference.optimizer_step import global_norm, optimizer_step
+    from pyeff.reference.sketch_grads import adamw_step, sketch_rows
     from pyeff.reference.vector_grad import vector_grad
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "adamw_step": "pyeff.reference.sketch_grads",
     "attention": "pyeff.reference.attention",
     "attention_backward": "pyeff.reference.attention",
     "embedding_grad": "pyeff.reference.embedding_grad",
@@ -29,10 +31,12 @@ _HOMES = {
     "linear_grad": "pyeff.reference.linear_grad",
     "norm_layer_grad": "pyeff.reference.norm_layer_grad",
     "optimizer_step": "pyeff.reference.optimizer_step",
+    "sketch_rows": "pyeff.reference.sketch_grads",
     "vector_grad": "pyeff.reference.vector_grad",
 }
 
 __all__ = [
+    "adamw_step",
     "attention",
     "attention_backward",
     "embedding_grad",
@@ -43,6 +47,7 @@ __all__ = [
     "linear_grad",
     "norm_layer_grad",
     "optimizer_step",
+    "sketch_rows",
     "vector_grad",
 ]
 

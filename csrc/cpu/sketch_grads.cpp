@@ -1,0 +1,139 @@
+// Sketches of many samples' matrices in one read of them.
+#include "cpu/sketch_grads.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/sketch.h"
+#include "cpu/simd.h"
+
+namespace pyeff {
+namespace PYEFF_LEVEL {
+namespace {
+
+// A part is what one thread sums into a sketch of its own: results do not depend on the number of threads.
+constexpr int64_t PART_ELEMENTS = 1 << 17, MOST_PARTS = 16;
+constexpr int64_t MOST_VECTORS = SKETCH_COLUMNS / LANES, MOST_GROUPS = SKETCH_CELL / SKETCH_COLUMNS / SKETCH_SIGN_ROWS;
+
+struct Words {
+    alignas(64) uint32_t of[MOST_GROUPS + 1][SKETCH_COLUMNS];
+};
+
+PYEFF_LANE U16 load_words(const uint32_t* p) {
+    alignas(64) float bits[LANES];
+    std::memcpy(bits, p, sizeof bits);
+    return bits_of(load(bits));
+}
+
+PYEFF_LANE F16 load_lanes(const float* p, int n) { return n == LANES ? load(p) : load_first(p, n, 0.0f); }
+PYEFF_LANE F16 load_lanes(const uint16_t* p, int n) {
+    if (n == LANES) return load_bf16(p);
+    alignas(64) uint16_t lanes[LANES] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load_bf16(lanes);
+}
+
+// The map's numbers for one vector.
+struct MapLanes {
+    F16 keep_first, take_first, keep_second, take_second, eps;
+};
+
+PYEFF_LANE F16 step_of(F16 g, const SketchMap& map, const MapLanes& lanes, int64_t at, int n) {
+    F16 numerator = lanes.take_first * g;
+    if (map.exp_avg != nullptr) numerator = lanes.keep_first * load_lanes(map.exp_avg + at, n) + numerator;
+    const F16 second = lanes.keep_second * load_lanes(map.exp_avg_sq + at, n) + lanes.take_second * (g * g);
+    const F16 step = divide(numerator, sqrt_of(second) + lanes.eps);
+    if (n == LANES) return step;
+    alignas(64) float kept[LANES];  // what lies beyond the columns is 0 / eps, or worse
+    store(kept, step);
+    return load_first(kept, n, 0.0f);
+}
+
+template <class T, bool MAPPED>
+void sketch_cell_of(const SketchTask& t, const T* x, const MapLanes& lanes, int64_t row, int64_t end, int64_t column,
+                    int64_t width, int64_t cell_columns, const Words& words, float* target) {
+    const U16 top = splat(0x80000000u);
+    const int64_t first_group = row / SKETCH_SIGN_ROWS;
+    for (int64_t r = row; r < end; ++r, target += cell_columns) {
+        const int64_t at = (r - t.first_row);
+        const T* source = x + at * t.row_stride + column;
+        const uint32_t* group = words.of[r / SKETCH_SIGN_ROWS - first_group];
+        const int shift = static_cast<int>(31 - r % SKETCH_SIGN_ROWS);
+        for (int64_t c = 0; c < width; c += LANES) {
+            const int n = static_cast<int>(std::min<int64_t>(LANES, width - c));
+            F16 value = load_lanes(source + c, n);
+            if (MAPPED) value = step_of(value, t.map, lanes, at * t.columns + column + c, n);
+            const U16 sign = (load_words(group + c) << shift) & top;
+            store(target + c, load(target + c) + float_of_bits(bits_of(value) ^ sign));
+        }
+    }
+}
+
+template <class T, bool MAPPED>
+void sketch_part(const SketchTask& t, int64_t from, int64_t to, float* sums, int64_t wide) {
+    const SketchCell cell = sketch_cell(t.dim);
+    const int64_t last = t.first_row + t.rows;
+    const MapLanes lanes{splat(t.map.keep_first), splat(t.map.take_first), splat(t.map.keep_second),
+                         splat(t.map.take_second), splat(t.map.eps)};
+    alignas(64) uint32_t counted[LANES];
+    for (uint32_t i = 0; i < LANES; ++i) counted[i] = i;
+    const U16 count = load_words(counted);
+    const int64_t across = (t.columns + cell.columns - 1) / cell.columns;
+    Words words;
+    for (int64_t index = from; index < to; ++index) {
+        const int64_t i_row = t.first_row / cell.rows + index / across, i_column = index % across;
+        const int64_t begin = i_row * cell.rows, column = i_column * cell.columns;
+        const int64_t row = std::max(begin, t.first_row), end = std::min(begin + cell.rows, last);
+        const int64_t width = std::min(cell.columns, t.columns - column);
+        const int64_t first_group = row / SKETCH_SIGN_ROWS;
+        for (int64_t g = first_group; g <= (end - 1) / SKETCH_SIGN_ROWS; ++g) {
+            const SketchRow base = sketch_row(t.key, SKETCH_SIGNS, static_cast<uint64_t>(g));
+            for (int64_t c = 0; c < width; c += LANES) {
+                const U16 w = sketch_word(base, count + splat(static_cast<uint32_t>(column + c)));
+                const F16 bits = float_of_bits(w);
+                alignas(64) float lanes_of[LANES];
+                store(lanes_of, bits);
+                std::memcpy(words.of[g - first_group] + c, lanes_of, sizeof lanes_of);
+            }
+        }
+        const int64_t rotation =
+            sketch_rotation(t.key, static_cast<uint64_t>(i_row), static_cast<uint32_t>(i_column), t.dim);
+        for (int64_t s = 0; s < t.samples; ++s)
+            sketch_cell_of<T, MAPPED>(t, static_cast<const T*>(t.x) + s * t.sample_stride, lanes, row, end, column,
+                                      width, cell.columns, words,
+                                      sums + s * wide + rotation + (row - begin) * cell.columns);
+    }
+}
+
+}  // namespace
+
+void sketch_grads(const SketchTask& t, int threads) {
+    if (t.samples == 0 || t.rows == 0 || t.columns == 0) return;
+    const SketchCell cell = sketch_cell(t.dim);
+    const int64_t cells_down = (t.first_row + t.rows - 1) / cell.rows - t.first_row / cell.rows + 1;
+    const int64_t cells = cells_down * ((t.columns + cell.columns - 1) / cell.columns);
+    const int64_t parts = std::max<int64_t>(1, std::min({MOST_PARTS, t.rows * t.columns / PART_ELEMENTS, cells}));
+    // A cell is added without a look at where the sketch ends: what goes beyond is brought round afterwards.
+    const int64_t wide = t.dim + cell.rows * cell.columns + LANES;
+    std::vector<float> sums(static_cast<size_t>(parts * t.samples * wide), 0.0f);
+    const bool mapped = t.map.exp_avg_sq != nullptr;
+    const auto run = t.bf16 ? (mapped ? sketch_part<uint16_t, true> : sketch_part<uint16_t, false>)
+                            : (mapped ? sketch_part<float, true> : sketch_part<float, false>);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < parts; ++part)
+        run(t, cells * part / parts, cells * (part + 1) / parts, sums.data() + part * t.samples * wide, wide);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t s = 0; s < t.samples; ++s) {
+        float* all = sums.data() + s * wide;
+        for (int64_t part = 1; part < parts; ++part) {
+            const float* other = sums.data() + (part * t.samples + s) * wide;
+            for (int64_t j = 0; j < wide; ++j) all[j] += other[j];
+        }
+        for (int64_t j = t.dim; j < wide - LANES; ++j) all[j - t.dim] += all[j];
+        float* out = t.out + s * t.dim;
+        for (int64_t j = 0; j < t.dim; ++j) out[j] += t.scale * all[j];
+    }
+}
+
+}  // namespace PYEFF_LEVEL
+}  // namespace pyeff
