@@ -35,7 +35,7 @@ class ObservedHead(torch.autograd.Function):
         b_use: Use | None,
     ) -> Tensor:
         ctx.w_use, ctx.b_use, ctx.shape, ctx.dtype, ctx.w_dtype = w_use, b_use, hidden.shape, hidden.dtype, w.dtype
-        rows = cast_for_autocast(hidden, hidden).reshape(-1, hidden.shape[-1])
+        rows = cast_for_autocast(hidden, hidden).reshape(targets.numel(), hidden.shape[-1])
         return forward_of_head(ctx, rows, cast_for_autocast(w, hidden), b, targets.reshape(-1), softcap, ignore_index)
 
     @staticmethod

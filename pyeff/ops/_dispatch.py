@@ -73,6 +73,14 @@ class Explanation:
         return "\n".join(lines)
 
 
+def check_layout(name: str, tensor: torch.Tensor) -> None:
+    """Raises `TypeError` for a sparse, nested or opaque tensor and `ValueError` for one without data."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold data, and is on the meta device")
+
+
 def _no_limits(impl: str, *args: Any, **kwargs: Any) -> str | None:
     return None
 

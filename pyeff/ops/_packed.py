@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyeff.ops._dispatch import check_layout
+
 # Reading borders back from a GPU waits for its stream, and a step passes the same ones for every layer: those of a
 # tensor that has not been written since are remembered. Those on the CPU are read anew, which takes microseconds: NumPy
 # can write to them and no count would tell.
@@ -61,6 +63,7 @@ def check_borders(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
         raise TypeError(f"{name} must be a tensor of samples + 1 borders, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
+    check_layout(name, cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must be a list of samples + 1 borders, got shape {tuple(cu_seqlens.shape)}")
 
@@ -81,7 +84,9 @@ def remember_borders(cu_seqlens: Tensor, borders: Tensor) -> None:
 
 
 def _samples(borders: Tensor) -> Samples:
-    return Samples(borders.to(torch.int64), borders.tolist())
+    # A copy of their own: the kernels read neighbouring numbers, and must read those that were checked.
+    borders = borders.to(torch.int64).clone(memory_format=torch.contiguous_format)
+    return Samples(borders, borders.tolist())
 
 
 def _read(cu_seqlens: Tensor) -> Samples:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyeff import reference as _reference
 from pyeff._extension import extension
-from pyeff.ops._dispatch import Operation
-from pyeff.ops._packed import Samples, samples_of
-from pyeff.ops.linear_grad import check_inputs, float32_limits
+from pyeff.ops._dispatch import Operation, check_layout
+from pyeff.ops._packed import Samples, check_borders, samples_of
+from pyeff.ops.linear_grad import check_rows, float32_limits
 from pyeff.ops.vector_grad import plain_rows
 
 
@@ -71,7 +71,8 @@ def embedding_grad(
     (tensor([[2.],
             [8.]]), tensor([20., 16.]))
     """
-    check_inputs(grad_outputs, grad_outputs, cu_seqlens)
+    check_rows("grad_outputs", grad_outputs)
+    check_borders(cu_seqlens)
     padding_idx = _check(indices, grad_outputs, num_embeddings, padding_idx, weight_grad or norms)
     with torch.no_grad():
         total, norms_sq = _OP(indices, grad_outputs, cu_seqlens, num_embeddings, padding_idx, weight_grad, norms, impl)
@@ -94,6 +95,11 @@ def _check(
         raise ValueError(
             f"indices must be on the device of grad_outputs, {grad_outputs.device}, and is on {indices.device}"
         )
+    check_layout("indices", indices)
+    for name, number in (("num_embeddings", num_embeddings), ("padding_idx", padding_idx)):
+        optional = name == "padding_idx" and number is None
+        if not optional and (isinstance(number, bool) or not isinstance(number, int | torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
     if num_embeddings < 0:
         raise ValueError(f"num_embeddings must be 0 or more, got {num_embeddings}")
     if not wanted:

@@ -71,7 +71,8 @@ def linear_cross_entropy(
         )
     check_leading(hidden, targets)
     rows, head = cast_for_autocast(hidden, weight)
-    losses = TokenLosses.apply(rows.reshape(-1, rows.shape[-1]), head, bias, targets.reshape(-1), softcap, ignore_index)
+    rows = rows.reshape(targets.numel(), rows.shape[-1])
+    losses = TokenLosses.apply(rows, head, bias, targets.reshape(-1), softcap, ignore_index)
     return reduced(losses, targets, ignore_index, reduction)
 
 

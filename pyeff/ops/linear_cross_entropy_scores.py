@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyeff import reference
 from pyeff._extension import extension
-from pyeff.ops._dispatch import Operation
+from pyeff.ops._dispatch import Operation, check_layout
 from pyeff.ops._packed import host_borders
 from pyeff.reference.linear_cross_entropy_scores import FIELDS
 
@@ -264,6 +264,7 @@ def check_head(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, and is on {tensor.device}")
+        check_layout(name, tensor)
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [tokens, features], got shape {tuple(hidden.shape)}; flatten the batch first")
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyeff import reference as _reference
 from pyeff._extension import extension
-from pyeff.ops._dispatch import Operation, environment_problem
+from pyeff.ops._dispatch import Operation, check_layout, environment_problem
 from pyeff.ops._packed import Samples, check_borders, samples_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -138,28 +138,32 @@ def linear_grad(
 
 def check_inputs(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor) -> None:
     """Raises unless the three fit together, what `cu_seqlens` holds aside: a traced call cannot read that."""
-    for name, tensor in {"inputs": inputs, "grad_outputs": grad_outputs}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 2:
-            raise ValueError(
-                f"{name} must be [tokens, features], got shape {tuple(tensor.shape)}; flatten the batch first"
-            )
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    check_rows("inputs", inputs)
+    if isinstance(grad_outputs, Tensor) and grad_outputs.device != inputs.device:
+        raise ValueError(
+            f"grad_outputs must be on the device of inputs, {inputs.device}, and is on {grad_outputs.device}"
+        )
+    check_rows("grad_outputs", grad_outputs)
     if grad_outputs.dtype != inputs.dtype:
         raise ValueError(
             f"grad_outputs must have the dtype of inputs, {inputs.dtype}, got {grad_outputs.dtype}; cast one of them"
-        )
-    if grad_outputs.device != inputs.device:
-        raise ValueError(
-            f"grad_outputs must be on the device of inputs, {inputs.device}, and is on {grad_outputs.device}"
         )
     if grad_outputs.shape[0] != inputs.shape[0]:
         raise ValueError(
             f"grad_outputs must have the {inputs.shape[0]} tokens of inputs, got shape {tuple(grad_outputs.shape)}"
         )
     check_borders(cu_seqlens)
+
+
+def check_rows(name: str, rows: Tensor) -> None:
+    """Raises unless `rows` is a dense matrix of numbers that can be computed with."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+    check_layout(name, rows)
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must be [tokens, features], got shape {tuple(rows.shape)}; flatten the batch first")
+    if rows.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
 
 
 def float32_limits(impl: str, inputs: Tensor, *args: object, **kwargs: object) -> str | None:
@@ -508,3 +512,4 @@ def _check(inputs: Tensor, grad_outputs: Tensor, weight_grad: bool, norms: bool,
         raise TypeError(f"reference must be floating point, got {reference.dtype}")
     if reference.device != inputs.device:
         raise ValueError(f"reference must be on the device of inputs, {inputs.device}, and is on {reference.device}")
+    check_layout("reference", reference)

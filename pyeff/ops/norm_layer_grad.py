@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pyeff import reference as _reference
 from pyeff._extension import extension
-from pyeff.ops._dispatch import Operation
+from pyeff.ops._dispatch import Operation, check_layout
 from pyeff.ops._packed import Samples, samples_of
 from pyeff.ops.linear_grad import check_inputs, float32_limits
 from pyeff.ops.vector_grad import (
@@ -96,6 +97,7 @@ def norm_layer_grad(
     check_inputs(inputs, grad_outputs, cu_seqlens)
     check_width(inputs, grad_outputs)
     _check(inputs, weight, mean, rstd, center)
+    eps = _epsilon(eps)
     if not (input_grad or weight_grad or bias_grad):
         raise ValueError("nothing is asked for: input_grad, weight_grad and bias_grad are False")
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
@@ -106,7 +108,7 @@ def norm_layer_grad(
             weight,
             mean,
             rstd,
-            float(eps),
+            eps,
             center,
             input_grad,
             weight_grad,
@@ -135,8 +137,19 @@ def _check(inputs: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Ten
             raise ValueError(f"{name} must hold {size} numbers, got shape {tuple(tensor.shape)}")
         if tensor.device != inputs.device:
             raise ValueError(f"{name} must be on the device of inputs, {inputs.device}, and is on {tensor.device}")
+        check_layout(name, tensor)
     if mean is not None and not center:
         raise ValueError("mean is of LayerNorm: pass center=True with it")
+
+
+def _epsilon(eps: float) -> float:
+    try:
+        number = float(eps)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"eps must be a number, got {eps!r:.40}") from error
+    if not 0 <= number < math.inf:
+        raise ValueError(f"eps must be a finite number of 0 or more, got {number}")
+    return number
 
 
 def _limits(impl: str, inputs: Tensor, *args: object, **kwargs: object) -> str | None:

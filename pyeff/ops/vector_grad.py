@@ -10,8 +10,8 @@ from torch import Tensor
 from pyeff import reference as _reference
 from pyeff._extension import extension
 from pyeff.ops._dispatch import Operation
-from pyeff.ops._packed import Samples, samples_of
-from pyeff.ops.linear_grad import check_inputs, float32_limits
+from pyeff.ops._packed import Samples, check_borders, samples_of
+from pyeff.ops.linear_grad import check_inputs, check_rows, float32_limits
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def vector_grad(
     (tensor([8., 0.]), tensor([10., 26.]))
     """
     if inputs is None:
-        check_inputs(grad_outputs, grad_outputs, cu_seqlens)
+        check_rows("grad_outputs", grad_outputs)
+        check_borders(cu_seqlens)
     else:
         check_inputs(inputs, grad_outputs, cu_seqlens)
         check_width(inputs, grad_outputs)

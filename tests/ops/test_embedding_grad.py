@@ -199,6 +199,18 @@ def test_neither_order_nor_company_changes_a_sample(seed: int, lengths: list[int
     assert torch.equal(again.weight_grad, found.weight_grad)
 
 
+def test_numbers_that_are_no_integers_and_gradients_that_are_no_rows_are_named() -> None:
+    indices, grad_outputs, borders = torch.tensor([0, 1]), torch.ones(2, 3), torch.tensor([0, 2])
+    for number in (3.5, "3", None, True):
+        with pytest.raises(TypeError, match="num_embeddings must be an int"):
+            pyeff.embedding_grad(indices, grad_outputs, borders, number)
+    for number in (0.5, "0", False):
+        with pytest.raises(TypeError, match="padding_idx must be an int"):
+            pyeff.embedding_grad(indices, grad_outputs, borders, 2, padding_idx=number)
+    with pytest.raises(ValueError, match=r"^grad_outputs must be \[tokens, features\]"):
+        pyeff.embedding_grad(indices, grad_outputs[0], borders, 2)
+
+
 @pytest.mark.parametrize("bad", [-1, 7])
 def test_an_index_outside_of_the_table_is_refused_on_the_cpu(bad: int) -> None:
     indices, grad_outputs, borders, entries = problem([5], 4, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -175,3 +176,12 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     fitting = {"hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(5, 4), "targets": torch.zeros(2, 3).long()}
     with pytest.raises(error, match=complaint):
         pyeff.linear_cross_entropy(**{**fitting, **change})
+
+
+def test_hidden_states_without_features_have_the_loss_of_equal_logits() -> None:
+    hidden, weight = torch.zeros(2, 3, 0, requires_grad=True), torch.zeros(5, 0, requires_grad=True)
+    loss = pyeff.linear_cross_entropy(hidden, weight, torch.zeros(2, 3).long())
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(5))
+    assert hidden.grad is not None
+    assert hidden.grad.shape == hidden.shape

@@ -603,6 +603,8 @@ H, W, Y, B = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.lo
         ((H.int(), W.int(), Y, B), {}, TypeError, "hidden must be float16, bfloat16, float32 or float64"),
         ((H, W, torch.tensor([0, 5, 0]), B), {}, ValueError, r"targets must be in \[0, 5\)"),
         ((H, W, Y, [0, 3]), {}, TypeError, "cu_seqlens must be a tensor"),
+        ((H, W, Y, B.to("meta")), {}, ValueError, "cu_seqlens must hold data"),
+        ((H.to_sparse(), W, Y, B), {}, TypeError, "hidden must be a dense tensor"),
         ((H, W, Y, torch.tensor([0, 2])), {}, ValueError, "cu_seqlens must rise from 0 to the number of tokens, 3"),
         ((H, W, Y, B), {"grad_losses": torch.ones(2)}, ValueError, r"grad_losses must be \[3\]"),
         ((H, W, Y, B), {"grad_losses": torch.ones(3).long()}, TypeError, "grad_losses must be floating point"),

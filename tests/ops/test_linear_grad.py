@@ -386,6 +386,41 @@ def test_borders_that_are_none_are_refused(which: str) -> None:
             operation(inputs, grad_outputs, BAD_BORDERS[which].float())
 
 
+def test_borders_need_not_lie_side_by_side() -> None:
+    torch.manual_seed(0)
+    a, g, gains = torch.randn(37, 5), torch.randn(37, 3), torch.randn(37, 5)
+    indices, head, targets = torch.randint(4, (37,)), torch.randn(6, 5), torch.randint(6, (37,))
+    operations = (
+        lambda borders: pyeff.linear_grad(a, g, borders).norms_sq,
+        lambda borders: pyeff.gram_norms(a, g, borders),
+        lambda borders: pyeff.vector_grad(gains, borders).norms_sq,
+        lambda borders: pyeff.norm_layer_grad(a, gains, borders, eps=1e-6).weight.norms_sq,
+        lambda borders: pyeff.embedding_grad(indices, gains, borders, 4).norms_sq,
+        lambda borders: pyeff.linear_cross_entropy_grad(a, head, targets, borders).norms_sq,
+    )
+    plain = torch.tensor([0, 5, 6, 37])
+    for borders in (torch.stack([plain, plain * 0 - 1], 1)[:, 0], torch._neg_view(-plain)):
+        for operation in operations:
+            assert torch.equal(operation(borders), operation(plain))
+
+
+def test_arguments_that_are_no_dense_tensors_with_data_are_named() -> None:
+    a, g, borders = torch.randn(7, 4), torch.randn(7, 3), torch.tensor([0, 7])
+    for operation in (pyeff.linear_grad, pyeff.gram_norms):
+        with pytest.raises(TypeError, match=r"inputs must be a dense tensor, got torch\.sparse_coo"):
+            operation(a.to_sparse(), g, borders)
+        with pytest.raises(TypeError, match="inputs must be a dense tensor, got nested"):
+            operation(torch.nested.nested_tensor([a, a]), g, borders)
+        with pytest.raises(TypeError, match="cu_seqlens must be a dense tensor"):
+            operation(a, g, borders.to_sparse())
+        with pytest.raises(ValueError, match="cu_seqlens must hold data, and is on the meta device"):
+            operation(a, g, borders.to("meta"))
+        with pytest.raises(ValueError, match="inputs must hold data, and is on the meta device"):
+            operation(a.to("meta"), g.to("meta"), borders)
+    with pytest.raises(TypeError, match="reference must be a dense tensor"):
+        pyeff.linear_grad(a, g, borders, reference=torch.randn(3, 4).to_sparse())
+
+
 def test_arguments_that_do_not_fit_are_named() -> None:
     a, g, borders = torch.randn(7, 4), torch.randn(7, 3), torch.tensor([0, 7])
     for operation in (pyeff.linear_grad, pyeff.gram_norms):

@@ -244,3 +244,10 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         pyeff.norm_layer_grad(x, g, borders, eps=EPS, input_grad=False, weight_grad=False)
     with pytest.raises(ValueError, match="cu_seqlens must"):
         pyeff.norm_layer_grad(x, g, torch.tensor([0, 8]), eps=EPS)
+    for eps in (-1e-6, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps must be a finite number of 0 or more"):
+            pyeff.norm_layer_grad(x, x, borders, eps=eps)
+    with pytest.raises(TypeError, match="eps must be a number, got None"):
+        pyeff.norm_layer_grad(x, x, borders, eps=None)
+    with pytest.raises(TypeError, match="weight must be a dense tensor"):
+        pyeff.norm_layer_grad(x, x, borders, eps=0.0, weight=torch.ones(4).to_sparse())

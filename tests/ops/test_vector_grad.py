@@ -207,7 +207,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     g, borders = torch.randn(7, 4), torch.tensor([0, 7])
     with pytest.raises(TypeError, match="inputs must be a tensor, got list"):
         pyeff.vector_grad(g, borders, inputs=[1.0])
-    with pytest.raises(ValueError, match=r"must be \[tokens, features\]"):
+    with pytest.raises(ValueError, match=r"^grad_outputs must be \[tokens, features\]"):
         pyeff.vector_grad(g[None], borders)
     with pytest.raises(ValueError, match="grad_outputs must have the shape of inputs"):
         pyeff.vector_grad(g, borders, inputs=torch.randn(7, 3))
