@@ -6,16 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyeff.memory.attention_interface import UnsupportedMaskError
+    from pyeff.memory.checkpointing import AttentionRerunError, AttentionRuns, Checkpoints, checkpoint
     from pyeff.memory.planner import Option, Phase, Plan, parse_size, plan
     from pyeff.memory.rates import Rates, estimated_rates, measured_rates
     from pyeff.memory.trace import Traced, measure_step, trace_step
 
 __all__ = [
+    "AttentionRerunError",
+    "AttentionRuns",
+    "Checkpoints",
     "Option",
     "Phase",
     "Plan",
     "Rates",
     "Traced",
+    "UnsupportedMaskError",
+    "checkpoint",
     "estimated_rates",
     "measure_step",
     "measured_rates",
@@ -25,11 +32,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "AttentionRerunError": "checkpointing",
+    "AttentionRuns": "checkpointing",
+    "Checkpoints": "checkpointing",
     "Option": "planner",
     "Phase": "planner",
     "Plan": "planner",
     "Rates": "rates",
     "Traced": "trace",
+    "UnsupportedMaskError": "attention_interface",
+    "checkpoint": "checkpointing",
     "estimated_rates": "rates",
     "measure_step": "trace",
     "measured_rates": "rates",
