@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
     from pyeff.errors import UserError
     from pyeff.memory import AttentionRerunError, Checkpoints, UnsupportedMaskError, checkpoint
-    from pyeff.memory import AttentionRerunError, Checkpoints, UnsupportedMaskError, checkpoint
     from pyeff.observation import (
         GradientObservation,
         NoiseScale,
@@ -46,8 +45,6 @@ _HOMES = {
     "AdamWDirection": "pyeff.ops",
     "AttentionRerunError": "pyeff.memory",
     "Checkpoints": "pyeff.memory",
-    "AttentionRerunError": "pyeff.memory",
-    "Checkpoints": "pyeff.memory",
     "EmbeddingGrad": "pyeff.ops",
     "GradientObservation": "pyeff.observation",
     "HeadGrad": "pyeff.ops",
@@ -62,9 +59,7 @@ _HOMES = {
     "UnobservableError": "pyeff.observation",
     "VectorGrad": "pyeff.ops",
     "UnsupportedMaskError": "pyeff.memory",
-    "UnsupportedMaskError": "pyeff.memory",
     "attention": "pyeff.ops",
-    "checkpoint": "pyeff.memory",
     "checkpoint": "pyeff.memory",
     "embedding_grad": "pyeff.ops",
     "global_norm": "pyeff.ops",
@@ -100,8 +95,6 @@ _SUBPACKAGES = (
 
 __all__ = [
     "AdamWDirection",
-    "AttentionRerunError",
-    "Checkpoints",
     "AttentionRerunError",
     "Checkpoints",
     "EmbeddingGrad",
