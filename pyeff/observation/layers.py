@@ -234,7 +234,8 @@ class ObservedNorm(torch.autograd.Function):
         b_use: Use | None,
     ) -> Tensor:
         ctx.shape, ctx.center, ctx.w_use, ctx.b_use = shape, center, w_use, b_use
-        ctx.eps = torch.finfo(x.dtype).eps if eps is None else eps
+        # torch's own default is the rounding unit of what it computes in, also for 16-bit rows.
+        ctx.eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
         ctx.b_dtype = None if b is None else b.dtype
         ctx.save_for_backward(x, w)
         if center:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from observed_models import observed, truth_of
+from observed_models import gradient_of, observed, truth_of
+from oracle import assert_as_accurate
 from torch import Tensor, nn
 
 
@@ -113,3 +114,23 @@ def test_norms_are_those_of_single_samples(name: str) -> None:
         gradient = exact.gradient[parameter_name]
         budget = 4 * (peer.gradient[parameter_name].double() - gradient).abs().max() + 8 * eps * gradient.abs().max()
         assert (actual.gradient[parameter_name].double() - gradient).abs().max() <= budget, parameter_name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_an_rms_norm_without_eps_takes_the_one_torch_takes(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    # Rows so small that the rounding unit of a 16-bit type would dominate their mean square, and float32's does not.
+    x, slopes = (1e-2 * torch.randn(3, 5, 6)).to(dtype), torch.randn(3, 5, 6)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["x"]) * batch["slopes"].to(model.weight.dtype)).sum()
+
+    def example(rows: torch.dtype) -> dict[str, Tensor]:
+        return {"x": x.to(rows), "slopes": slopes.to(dtype).to(rows)}
+
+    exact_model = nn.RMSNorm(6, eps=torch.finfo(torch.float32).eps, dtype=torch.float64)
+    exact = truth_of(exact_model, example(torch.float64), loss)
+    model = nn.RMSNorm(6, dtype=dtype)
+    peer = gradient_of(model, loss(model, example(dtype)))
+    _, actual = observed(model, lambda: loss(model, example(dtype)).backward())
+    assert_as_accurate(actual.gradient["weight"], exact.gradient["weight"], peer["weight"])
