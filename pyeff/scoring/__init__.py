@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyeff.scoring.el2n import EL2N
+from pyeff.scoring.features import Features, FeatureStore, TargetSimilarities, read_features, target_scores
 from pyeff.scoring.grand import GraNd
 from pyeff.scoring.last_layer import LastLayerGraNd
 from pyeff.scoring.method import ScoreMethod
@@ -13,14 +14,19 @@ from pyeff.scoring.store import read_scores
 __all__ = [
     "EL2N",
     "FIELDS",
+    "FeatureStore",
+    "Features",
     "GraNd",
     "LastLayerGraNd",
     "PoolScores",
     "ScoreMethod",
     "Scores",
+    "TargetSimilarities",
     "answer_embeddings",
     "average",
     "cosine_similarity",
+    "read_features",
     "read_scores",
     "score_batches",
+    "target_scores",
 ]

@@ -56,7 +56,7 @@ class PartStore:
     def __init__(self, path: Path | None, header: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
         self._header = {"format": _FORMAT, **header}
-        self._digest = _digest(self._header)
+        self._digest = digest_of(self._header)
         self._resume = resume
         self._batches: list[int] = []
         self.done: set[int] = set()
@@ -219,7 +219,7 @@ def read_scores(path: str | Path) -> Scores:
             if (path / name).is_file():
                 return Scores(_read_table(path / name)[0], path)
         raise UserError(f"there are no scores at {path}")
-    parts = read_parts(path, _digest(header), _read_table)
+    parts = read_parts(path, digest_of(header), _read_table)
     scores = _joined([table for table, _ in parts], path)
     if len(scores) != header.get("samples"):
         raise UserError(
@@ -256,7 +256,8 @@ def part_name(batch: int) -> str:
     return f"part-{batch:06d}.parquet"
 
 
-def _digest(header: Mapping[str, Any]) -> str:
+def digest_of(header: Mapping[str, Any]) -> str:
+    """A fingerprint of a header, which stands in each of its parts."""
     return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
