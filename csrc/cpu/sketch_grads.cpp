@@ -15,15 +15,10 @@ namespace {
 constexpr int64_t PART_ELEMENTS = 1 << 17, MOST_PARTS = 16;
 constexpr int64_t MOST_VECTORS = SKETCH_COLUMNS / LANES, MOST_GROUPS = SKETCH_CELL / SKETCH_COLUMNS / SKETCH_SIGN_ROWS;
 
+// The words of signs of a cell, as the bits of floats.
 struct Words {
-    alignas(64) uint32_t of[MOST_GROUPS + 1][SKETCH_COLUMNS];
+    alignas(64) float of[MOST_GROUPS + 1][SKETCH_COLUMNS];
 };
-
-PYEFF_LANE U16 load_words(const uint32_t* p) {
-    alignas(64) float bits[LANES];
-    std::memcpy(bits, p, sizeof bits);
-    return bits_of(load(bits));
-}
 
 PYEFF_LANE F16 load_lanes(const float* p, int n) { return n == LANES ? load(p) : load_first(p, n, 0.0f); }
 PYEFF_LANE F16 load_lanes(const uint16_t* p, int n) {
@@ -57,27 +52,29 @@ void sketch_cell_of(const SketchTask& t, const T* x, const MapLanes& lanes, int6
     for (int64_t r = row; r < end; ++r, target += cell_columns) {
         const int64_t at = (r - t.first_row);
         const T* source = x + at * t.row_stride + column;
-        const uint32_t* group = words.of[r / SKETCH_SIGN_ROWS - first_group];
+        const float* group = words.of[r / SKETCH_SIGN_ROWS - first_group];
         const int shift = static_cast<int>(31 - r % SKETCH_SIGN_ROWS);
         for (int64_t c = 0; c < width; c += LANES) {
             const int n = static_cast<int>(std::min<int64_t>(LANES, width - c));
             F16 value = load_lanes(source + c, n);
             if (MAPPED) value = step_of(value, t.map, lanes, at * t.columns + column + c, n);
-            const U16 sign = (load_words(group + c) << shift) & top;
+            const U16 sign = (bits_of(load(group + c)) << shift) & top;
             store(target + c, load(target + c) + float_of_bits(bits_of(value) ^ sign));
         }
     }
 }
 
+// One sample's cells from..to, added to `sums`. The words are formed anew for each sample: twenty operations for 512
+// elements, while the sums of one sample stay in the first level of cache and its elements come as one stream.
 template <class T, bool MAPPED>
-void sketch_part(const SketchTask& t, int64_t from, int64_t to, float* sums, int64_t wide) {
+void sketch_part(const SketchTask& t, const T* x, int64_t from, int64_t to, float* sums) {
     const SketchCell cell = sketch_cell(t.dim);
     const int64_t last = t.first_row + t.rows;
     const MapLanes lanes{splat(t.map.keep_first), splat(t.map.take_first), splat(t.map.keep_second),
                          splat(t.map.take_second), splat(t.map.eps)};
-    alignas(64) uint32_t counted[LANES];
-    for (uint32_t i = 0; i < LANES; ++i) counted[i] = i;
-    const U16 count = load_words(counted);
+    alignas(64) float counted[LANES];
+    for (uint32_t i = 0; i < LANES; ++i) counted[i] = float_of_bits(i);
+    const U16 count = bits_of(load(counted));
     const int64_t across = (t.columns + cell.columns - 1) / cell.columns;
     Words words;
     for (int64_t index = from; index < to; ++index) {
@@ -89,19 +86,14 @@ void sketch_part(const SketchTask& t, int64_t from, int64_t to, float* sums, int
         for (int64_t g = first_group; g <= (end - 1) / SKETCH_SIGN_ROWS; ++g) {
             const SketchRow base = sketch_row(t.key, SKETCH_SIGNS, static_cast<uint64_t>(g));
             for (int64_t c = 0; c < width; c += LANES) {
-                const U16 w = sketch_word(base, count + splat(static_cast<uint32_t>(column + c)));
-                const F16 bits = float_of_bits(w);
-                alignas(64) float lanes_of[LANES];
-                store(lanes_of, bits);
-                std::memcpy(words.of[g - first_group] + c, lanes_of, sizeof lanes_of);
+                const U16 columns = count + splat(static_cast<uint32_t>(column + c));
+                store(words.of[g - first_group] + c, float_of_bits(sketch_word(base, columns)));
             }
         }
         const int64_t rotation =
             sketch_rotation(t.key, static_cast<uint64_t>(i_row), static_cast<uint32_t>(i_column), t.dim);
-        for (int64_t s = 0; s < t.samples; ++s)
-            sketch_cell_of<T, MAPPED>(t, static_cast<const T*>(t.x) + s * t.sample_stride, lanes, row, end, column,
-                                      width, cell.columns, words,
-                                      sums + s * wide + rotation + (row - begin) * cell.columns);
+        float* target = sums + rotation + (row - begin) * cell.columns;
+        sketch_cell_of<T, MAPPED>(t, x, lanes, row, end, column, width, cell.columns, words, target);
     }
 }
 
@@ -117,16 +109,25 @@ void sketch_grads(const SketchTask& t, int threads) {
     const int64_t wide = t.dim + cell.rows * cell.columns + LANES;
     std::vector<float> sums(static_cast<size_t>(parts * t.samples * wide), 0.0f);
     const bool mapped = t.map.exp_avg_sq != nullptr;
-    const auto run = t.bf16 ? (mapped ? sketch_part<uint16_t, true> : sketch_part<uint16_t, false>)
-                            : (mapped ? sketch_part<float, true> : sketch_part<float, false>);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < parts; ++part)
-        run(t, cells * part / parts, cells * (part + 1) / parts, sums.data() + part * t.samples * wide, wide);
+    for (int64_t task = 0; task < t.samples * parts; ++task) {
+        const int64_t s = task / parts, part = task % parts;
+        const int64_t from = cells * part / parts, to = cells * (part + 1) / parts;
+        float* target = sums.data() + task * wide;
+        const float* x = static_cast<const float*>(t.x) + s * t.sample_stride;
+        const uint16_t* h = static_cast<const uint16_t*>(t.x) + s * t.sample_stride;
+        if (t.bf16)
+            mapped ? sketch_part<uint16_t, true>(t, h, from, to, target)
+                   : sketch_part<uint16_t, false>(t, h, from, to, target);
+        else
+            mapped ? sketch_part<float, true>(t, x, from, to, target)
+                   : sketch_part<float, false>(t, x, from, to, target);
+    }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t s = 0; s < t.samples; ++s) {
-        float* all = sums.data() + s * wide;
+        float* all = sums.data() + s * parts * wide;
         for (int64_t part = 1; part < parts; ++part) {
-            const float* other = sums.data() + (part * t.samples + s) * wide;
+            const float* other = all + part * wide;
             for (int64_t j = 0; j < wide; ++j) all[j] += other[j];
         }
         for (int64_t j = t.dim; j < wide - LANES; ++j) all[j - t.dim] += all[j];

@@ -139,8 +139,9 @@ class Sketch:
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
         if density < 1 or dim % density or (density > 1 and kind == "rademacher"):
             raise ValueError(f"density must divide dim, {dim}, and be 1 for 'rademacher', got {density}")
-        for name, value in {"dim": dim, "seed": seed, "kind": kind, "density": density}.items():
-            object.__setattr__(self, name, value)
+        fields: dict[str, Any] = {"dim": dim, "seed": seed, "kind": kind, "density": density}
+        for name, field in fields.items():
+            object.__setattr__(self, name, field)
 
     @property
     def header(self) -> dict[str, Any]:
