@@ -93,28 +93,32 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     positions = g.shape[2] * g.shape[3]
     outputs, patch = shape[0] // groups, shape[1] * shape[2] * shape[3]
-    assert use.rows.each is not None
-    each = use.rows.each
+    cuts = [0, *(span.stop for span in use.rows.spans())]  # images by sample
     grad = torch.zeros(groups, outputs, patch, dtype=dtype, device=x.device)
     norms_sq = torch.zeros(use.rows.samples, dtype=dtype, device=x.device)
-    step = max(1, WORKSPACE_BYTES // max(1, each * positions * patch * groups * dtype.itemsize))
-    for begin in range(0, use.rows.samples, step):
-        end = min(begin + step, use.rows.samples)
-        images = slice(begin * each, end * each)
+    most = WORKSPACE_BYTES // max(1, positions * patch * groups * dtype.itemsize)  # images
+    begin = 0
+    while begin < use.rows.samples:
+        end = begin + 1
+        while end < use.rows.samples and cuts[end + 1] - cuts[begin] <= most:
+            end += 1
+        images = slice(cuts[begin], cuts[end])
         unfolded = F.unfold(x[images].to(dtype), tuple(shape[2:]), tuple(dilation), tuple(padding), tuple(stride))
-        borders = torch.arange(end - begin + 1) * (each * positions)
+        borders = (torch.tensor(cuts[begin : end + 1]) - cuts[begin]) * positions
         for group in range(groups):
             inputs = unfolded[:, group * patch : (group + 1) * patch].transpose(1, 2).reshape(-1, patch)
             of_group = g[images, group * outputs : (group + 1) * outputs].to(dtype)
             grads = of_group.flatten(2).transpose(1, 2).reshape(-1, outputs)
             if not use.forward.observation.gradient:
-                norms_sq[begin:end] += weight_norms_sq(inputs, grads, borders, (end - begin) * (each * positions) ** 2)
+                pairs = int(borders.diff().square().sum())
+                norms_sq[begin:end] += weight_norms_sq(inputs, grads, borders, pairs)
                 continue
             result = linear_grad(inputs, grads, borders)
             assert result.weight_grad is not None
             assert result.norms_sq is not None
             grad[group] += result.weight_grad
             norms_sq[begin:end] += result.norms_sq
+        begin = end
     use.add_norms_sq(norms_sq)
     if not use.forward.observation.gradient:
         return None

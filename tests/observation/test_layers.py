@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from observed_models import gradient_of, observed, truth_of
 from oracle import assert_as_accurate
 from torch import Tensor, nn
+
+import pyeff
 
 
 class Gains(nn.Module):
@@ -134,3 +137,22 @@ def test_an_rms_norm_without_eps_takes_the_one_torch_takes(dtype: torch.dtype) -
     peer = gradient_of(model, loss(model, example(dtype)))
     _, actual = observed(model, lambda: loss(model, example(dtype)).backward())
     assert_as_accurate(actual.gradient["weight"], exact.gradient["weight"], peer["weight"])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_images_of_one_sample_count_together(gradient: bool) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    x, cuts = torch.randn(6, 2, 6, 6), [0, 2, 2, 5, 6]
+    norms = []
+    for dtype in (torch.float64, torch.float32):
+        plain = model().to(dtype)
+        shares = [gradient_of(plain, plain(x[a:b].to(dtype)).square().sum()) for a, b in pairwise(cuts)]
+        norms.append(torch.stack([torch.stack([g.square().sum() for g in share.values()]).sum() for share in shares]))
+    observed_model = model()
+    with pyeff.observe(observed_model, gradient=gradient) as seen:
+        seen.segments(torch.tensor(cuts))
+        observed_model(x).square().sum().backward()
+    assert_as_accurate(seen.grad_norms, norms[0].sqrt(), norms[1].sqrt(), multiple=8.0)
