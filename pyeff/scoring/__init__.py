@@ -6,22 +6,33 @@ from pyeff.scoring.el2n import EL2N
 from pyeff.scoring.features import Features, FeatureStore, TargetSimilarities, read_features, target_scores
 from pyeff.scoring.grand import GraNd
 from pyeff.scoring.last_layer import LastLayerGraNd
-from pyeff.scoring.method import ScoreMethod
+from pyeff.scoring.method import FeatureMethod, ScoreMethod
+from pyeff.scoring.perplexity import Perplexity
 from pyeff.scoring.pool import FIELDS, PoolScores, answer_embeddings, cosine_similarity, score_batches
 from pyeff.scoring.scores import Scores, average
+from pyeff.scoring.similarity import EmbeddingSimilarity, HiddenStates, RDSPlus, TextEmbeddings
 from pyeff.scoring.store import read_scores
+from pyeff.scoring.texts import BM25, RandomScore
 
 __all__ = [
+    "BM25",
     "EL2N",
     "FIELDS",
+    "EmbeddingSimilarity",
+    "FeatureMethod",
     "FeatureStore",
     "Features",
     "GraNd",
+    "HiddenStates",
     "LastLayerGraNd",
+    "Perplexity",
     "PoolScores",
+    "RDSPlus",
+    "RandomScore",
     "ScoreMethod",
     "Scores",
     "TargetSimilarities",
+    "TextEmbeddings",
     "answer_embeddings",
     "average",
     "cosine_similarity",

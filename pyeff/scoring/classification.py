@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from pyeff.scoring.flops import flop_counter
 from pyeff.scoring.scores import SampleId
-from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids
+from pyeff.scoring.work import Digest, ScoredBatch, as_array, device_of, refuse_bad_ids
 
 if TYPE_CHECKING:
-    from pyeff.scoring.method import ScoreMethod
+    from pyeff.scoring.method import BatchMethod
 
 # A data set that is no tensor is known by so many of its samples, spread over it.
 _PROBED = 16
@@ -78,7 +78,7 @@ class Classification:
                 digest.any(tuple(self._dataset[place]))
         return {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_size} samples"}
 
-    def run(self, method: ScoreMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
+    def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the batches of these numbers, in turn."""
         spans = [range(n * self._batch_size, min((n + 1) * self._batch_size, self.samples)) for n in batches]
         for span, (raw_ids, x, y) in zip(spans, self._rows(spans), strict=True):
@@ -98,7 +98,7 @@ class Classification:
                 with flop_counter() as counter:
                     scores = method.classify(self.model, inputs, targets)
                 self._flops[key] = int(counter.get_total_flops())
-            yield ScoredBatch(list(span), ids, scores.tolist(), self._flops[key], [1] * len(span))
+            yield ScoredBatch(list(span), ids, as_array(scores), self._flops[key], [1] * len(span))
 
     def _targets(self, y: Any, count: int, first: int) -> Tensor:
         targets = torch.as_tensor(y)

@@ -505,6 +505,9 @@ class TargetSimilarities:
                     f"features and targets must agree in their {key}, got {features.header.get(key)!r} and "
                     f"{targets.header.get(key)!r}"
                 )
+        models = [each.header.get("model") for each in (features, targets)]
+        if all(models) and models[0] != models[1]:
+            raise ValueError("features and targets must be of one model, but their headers name two")
         if len(targets) == 0:
             raise ValueError("targets must hold at least one row, got none")
         self._features, self._cosine, self._device = features, cosine, torch.device(device)

@@ -16,12 +16,12 @@ from pyeff.governor.flops import Cost, TransformerShape
 from pyeff.scoring.flops import flop_counter
 from pyeff.scoring.language_model import check_head, check_packing, shape_of_model, without_adapters
 from pyeff.scoring.scores import SampleId
-from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids
+from pyeff.scoring.work import Digest, ScoredBatch, as_array, device_of, refuse_bad_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pyeff.scoring.method import ScoreMethod
+    from pyeff.scoring.method import BatchMethod
 
 Reduction = Literal["mean", "sum"]
 
@@ -58,10 +58,11 @@ def is_language_data(dataset: Any) -> bool:
     if isinstance(dataset, EncodedSamples):
         return True
     first = dataset[0] if isinstance(dataset, list | tuple) and dataset else dataset
-    return isinstance(first, EncodedSample | Sample) or _is_source(first)
+    return isinstance(first, EncodedSample | Sample) or is_source(first)
 
 
-def _is_source(value: Any) -> bool:
+def is_source(value: Any) -> bool:
+    """Whether a value describes where samples come from."""
     return type(value).__module__ == "pyeff.data.sources"
 
 
@@ -75,7 +76,7 @@ class LanguageScoring:
         self,
         model: nn.Module,
         dataset: Any,
-        method: ScoreMethod,
+        method: BatchMethod,
         *,
         batch_tokens: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -112,7 +113,7 @@ class LanguageScoring:
             digest.tensor(torch.tensor([sample.prompt_length, *sample.ids]))
         return {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_tokens} tokens"}
 
-    def run(self, method: ScoreMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
+    def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the batches of these numbers, in turn."""
         from pyeff.data.packing import label_positions
 
@@ -128,7 +129,7 @@ class LanguageScoring:
             else:
                 scores = method.read(self.model, batch, where)
             index = list(batch.sample_indices)
-            yield ScoredBatch(index, [self._ids[i] for i in index], scores.tolist(), flops, work.lengths)
+            yield ScoredBatch(index, [self._ids[i] for i in index], as_array(scores), flops, work.lengths)
 
 
 def token_weights(cu_seqlens: Tensor, tokens: int, reduction: Reduction) -> Tensor:
@@ -176,7 +177,7 @@ def _encoded(
     given = list(dataset) if isinstance(dataset, list | tuple) else [dataset]
     if all(isinstance(sample, EncodedSample) for sample in given):
         return given
-    if _is_source(given[0]):
+    if is_source(given[0]):
         from pyeff.data import load_samples
 
         given = load_samples(given)

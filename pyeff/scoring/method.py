@@ -1,11 +1,11 @@
-"""What every method of scoring shares: batches, resuming, cost, progress. A method says what a batch's scores are."""
+"""What every method shares: batches, resuming, cost, progress. A method says what a batch's scores or features are."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.scoring.classification import Classification
+from pyeff.scoring.features import Features, FeatureStore, FeatureType
 from pyeff.scoring.language import BatchWork, LanguageScoring, is_language_data
 from pyeff.scoring.scores import Scores, average, shares
 from pyeff.scoring.store import AVERAGE, ScoreStore
@@ -25,32 +26,98 @@ if TYPE_CHECKING:
     from pyeff.governor import TransformerShape
 
 
-class ScoreMethod(ABC):
-    """A way to say what samples are worth. Subclasses say what the scores of one batch are.
-
-    To add a method, give it a `name`, `classify` and, for language models, `read`; everything else (batches, Parquet,
-    resuming, cost, progress) is here.
-    """
+class BatchMethod(ABC):
+    """A way to read samples batch by batch: what scores and features have in common."""
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The method with its variant, as it stands in the table: equal names must mean equal formulas."""
 
-    @abstractmethod
-    def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-        """Scores [B] of a batch of a classifier; ``targets`` [B] are class numbers on the model's device."""
-
     def prepare(self, model: nn.Module) -> None:  # noqa: B027  (most methods can use any model)
         """Raise `UserError` for a language model that this method cannot use; called once, before any score."""
 
+    def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+        """What is read of a batch of a classifier, [B] or [B, D]; ``targets`` [B] are class numbers on its device."""
+        raise NotImplementedError(f"{self.name} does not read classifiers")
+
     def read(self, model: nn.Module, batch: PackedBatch, where: LabelPositions) -> Tensor:
-        """Scores [S] of the samples of a packed batch of a language model, answers at ``where``; NaN without answer."""
+        """What is read of a packed batch of a language model, [S] or [S, D], answers at ``where``; NaN if undefined."""
         raise NotImplementedError(f"{self.name} does not score language models")
 
     def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:
         """FLOPs of `read` by formula, for a dense model trained in full; None to have every batch counted by torch."""
         return None
+
+    def _work(
+        self,
+        model: Any,
+        dataset: Any,
+        *,
+        batch_size: int,
+        batch_tokens: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+        workers: int,
+    ) -> Work:
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if is_language_data(dataset):
+            return LanguageScoring(model, dataset, self, batch_tokens=batch_tokens, tokenizer=tokenizer)
+        return Classification(model, dataset, batch_size=batch_size, workers=workers)
+
+    def _header(
+        self, model: nn.Module | None, work: Work, *, seed: int, checkpoint: str, stored: bool
+    ) -> dict[str, Any]:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
+        if stored:
+            with _seeding(model) as reseed:
+                reseed(seed, 0)
+                header |= {"model": "" if model is None else model_fingerprint(model), **work.describe()}
+        return header
+
+    def _read_missing(
+        self,
+        model: nn.Module | None,
+        work: Work,
+        store: ScoreStore | FeatureStore,
+        append: Callable[[int, ScoredBatch, float], None],
+        *,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        """Read the batches that the store has not, and hand each with its seconds to ``append``."""
+        missing = [batch for batch in range(work.batches) if batch not in store.done]
+        work.known(store.ids)
+        mode = nullcontext() if model is None else evaluating(model)
+        with mode, _seeding(model) as reseed, _bar(progress, work, len(store), self.name) as advance:
+            batches = work.run(self, missing)
+            for number in missing:
+                reseed(seed, number)
+                started = time.perf_counter()
+                scored = next(batches)
+                append(number, scored, time.perf_counter() - started)
+                advance(len(scored.index))
+
+
+class ScoreMethod(BatchMethod):
+    """A way to say what samples are worth. Subclasses say what the scores of one batch are.
+
+    To add a method, give it a `name`, `classify` and, for language models, `read`; everything else (batches, Parquet,
+    resuming, cost, progress) is here.
+    """
+
+    @abstractmethod
+    def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+        """Scores [B] of a batch of a classifier; ``targets`` [B] are class numbers on the model's device."""
 
     def score(
         self,
@@ -108,22 +175,14 @@ class ScoreMethod(ABC):
         shape; and measured seconds. Samples share their batch's cost equally, packed ones by their tokens. A ``path``
         costs reading the model's parameters once, for a fingerprint.
         """
-        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        work: Work
-        if is_language_data(dataset):
-            work = LanguageScoring(model, dataset, self, batch_tokens=batch_tokens, tokenizer=tokenizer)
-        else:
-            work = Classification(model, dataset, batch_size=batch_size, workers=workers)
+        work = self._work(
+            model,
+            dataset,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            tokenizer=tokenizer,
+            workers=workers,
+        )
         return self._score(model, work, path=path, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
 
     def score_all(
@@ -165,7 +224,7 @@ class ScoreMethod(ABC):
 
     def _score(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         work: Work,
         *,
         path: str | Path | None,
@@ -174,24 +233,67 @@ class ScoreMethod(ABC):
         resume: bool,
         progress: bool,
     ) -> Scores:
-        header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
-        if path is not None:
-            with _seeding(model) as reseed:
-                reseed(seed, 0)
-                header |= {"model": model_fingerprint(model), **work.describe()}
+        header = self._header(model, work, seed=seed, checkpoint=checkpoint, stored=path is not None)
         directory = None if path is None else Path(path)
         with ScoreStore(directory, header, resume=resume) as store:
-            missing = [batch for batch in range(work.batches) if batch not in store.done]
-            work.known(store.ids)
-            with evaluating(model), _seeding(model) as reseed, _bar(progress, work, store, self.name) as advance:
-                batches = work.run(self, missing)
-                for number in missing:
-                    reseed(seed, number)
-                    started = time.perf_counter()
-                    scored = next(batches)
-                    store.append(number, _rows(scored, time.perf_counter() - started))
-                    advance(len(scored.index))
+
+            def append(number: int, scored: ScoredBatch, seconds: float) -> None:
+                store.append(number, _rows(scored, seconds))
+
+            self._read_missing(model, work, store, append, seed=seed, progress=progress)
             return store.scores()
+
+
+class FeatureMethod(BatchMethod):
+    """A way to describe samples by D numbers each, to be compared with those of targets or with each other.
+
+    To add one, give it a `name`, `dim` and `read`, and `classify` where it reads classifiers.
+    """
+
+    @abstractmethod
+    def dim(self, model: nn.Module) -> int:
+        """D, the numbers of a row."""
+
+    def features(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        *,
+        path: str | Path | None = None,
+        dtype: FeatureType = "float16",
+        batch_size: int = 64,
+        batch_tokens: int = 1024,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+        checkpoint: str = "",
+        resume: bool = True,
+        progress: bool = True,
+        workers: int = 0,
+    ) -> Features:
+        """Read the features of every sample of a data set.
+
+        Arguments, errors and cost are those of `ScoreMethod.score`; ``dtype`` is how rows are kept, see `FeatureStore`.
+        """
+        work = self._work(
+            model,
+            dataset,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            tokenizer=tokenizer,
+            workers=workers,
+        )
+        header = self._header(model, work, seed=seed, checkpoint=checkpoint, stored=path is not None)
+        store = FeatureStore(path, header, dim=self.dim(model), dtype=dtype, resume=resume)
+        with store:
+
+            def append(number: int, scored: ScoredBatch, seconds: float) -> None:
+                costs = shares(scored.flops, scored.weights)
+                whole = sum(scored.weights) or 1
+                times = [seconds * weight / whole for weight in scored.weights]
+                store.append(number, scored.ids, scored.scores, index=scored.index, flops=costs, seconds=times)
+
+            self._read_missing(model, work, store, append, seed=seed, progress=progress)
+            return store.features()
 
 
 def _rows(scored: ScoredBatch, seconds: float) -> dict[str, Sequence[Any]]:
@@ -206,8 +308,8 @@ def _rows(scored: ScoredBatch, seconds: float) -> dict[str, Sequence[Any]]:
 
 
 @contextmanager
-def _seeding(model: nn.Module) -> Iterator[Any]:
-    device = device_of(model)
+def _seeding(model: nn.Module | None) -> Iterator[Any]:
+    device = torch.device("cpu") if model is None else device_of(model)
     devices = [device] if device.type == "cuda" else []
 
     def reseed(seed: int, batch: int) -> None:
@@ -219,7 +321,7 @@ def _seeding(model: nn.Module) -> Iterator[Any]:
 
 
 @contextmanager
-def _bar(show: bool, work: Work, store: ScoreStore, name: str) -> Iterator[Any]:
+def _bar(show: bool, work: Work, done: int, name: str) -> Iterator[Any]:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -235,5 +337,5 @@ def _bar(show: bool, work: Work, store: ScoreStore, name: str) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bars:
-        task = bars.add_task(name, total=work.samples, completed=len(store))
+        task = bars.add_task(name, total=work.samples, completed=done)
         yield lambda count: bars.advance(task, count)

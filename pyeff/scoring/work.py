@@ -9,25 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyeff.scoring.scores import SampleId
 
 if TYPE_CHECKING:
-    from pyeff.scoring.method import ScoreMethod
+    from pyeff.scoring.method import BatchMethod
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Scores [S] of the samples of one batch, their places in the data set and ids, and the batch's FLOPs.
+    """Scores [S] or features [S, D] of the samples of one batch, their places and ids, and the batch's FLOPs.
 
     ``weights`` say in what proportion the samples share the cost: 1 each, or their tokens.
     """
 
     index: list[int]
     ids: list[SampleId]
-    scores: list[float]
+    scores: NDArray[np.floating[Any]]
     flops: int
     weights: list[int]
 
@@ -44,8 +46,15 @@ class Work(Protocol):
     def describe(self) -> dict[str, Any]:
         """What a store's header says of the data set and how it is batched; JSON."""
 
-    def run(self, method: ScoreMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
+    def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the batches of these numbers, in turn."""
+
+
+def as_array(values: Tensor) -> NDArray[np.floating[Any]]:
+    """A tensor as an array of float32 or wider."""
+    wide = values.detach().to("cpu", torch.promote_types(values.dtype, torch.float32))
+    found: NDArray[np.floating[Any]] = wide.numpy()
+    return found
 
 
 class Digest:
