@@ -62,8 +62,11 @@ def register(original: str) -> str:
 
     # Not containing "flash": transformers reads that as a promise about arguments.
     name = "pyeff_" + original.replace("flash", "fl").replace("|", "_")
-    # Layers are checkpointed outside compiled graphs, and a mask is decided by values.
-    mask = torch.compiler.disable(functools.partial(_make_mask, original=original))
+    # A pattern is found by reading numbers.
+    mask = torch.compiler.disable(
+        functools.partial(_make_mask, original=original),
+        reason="checkpointed layers and their masks are made outside compiled graphs",
+    )
     AttentionInterface.register(name, functools.partial(_attention_forward, original=original))
     AttentionMaskInterface.register(name, mask)
     return name
