@@ -378,16 +378,14 @@ def _by_panels(
                         of_weight[classes] = found.weight_grad
             elif wanted.weight_grad:
                 of_weight[classes] = grads.T @ group.hidden
-            if has_bias and (wanted.norms or wanted.weight_grad):
+            if has_bias and wanted.weight_grad:
+                of_bias[classes] = grads.sum(0, dtype=torch.float32)
+            if has_bias and wanted.norms:
                 # A bias is a weight whose input is 1.
                 one = hidden.new_ones(1, 1).expand(count, 1)
-                found = linear_grad(
-                    one, grads, borders, weight_grad=wanted.weight_grad, norms=wanted.norms, impl=products
-                )
-                if found.norms_sq is not None:
-                    bias_norms_sq[members] += found.norms_sq
-                if found.weight_grad is not None:
-                    of_bias[classes] = found.weight_grad[:, 0]
+                bias_norms = linear_grad(one, grads, borders, weight_grad=False, impl=products).norms_sq
+                assert bias_norms is not None
+                bias_norms_sq[members] += bias_norms
     return sums.to(hidden.dtype), of_weight, of_bias, norms_sq, bias_norms_sq
 
 

@@ -165,6 +165,18 @@ def test_bias_softcap_and_gradients_of_the_losses(backend: Backend, softcap: flo
     assert_accurate(backend.grad(*case, **options), *case, **options)
 
 
+@every_backend
+def test_the_gradient_of_a_float32_bias_is_never_rounded_to_the_16_bits_of_the_hidden_states(backend: Backend) -> None:
+    case, bias = problem([11, 0, 24], 16, 200, torch.float16), torch.randn(200)
+    for norms in (True, False):
+        found = backend.grad(*case, bias=bias, norms=norms)
+        assert found.bias_grad.dtype == torch.float32
+        assert not torch.equal(found.bias_grad, found.bias_grad.half().float())
+        assert_accurate(
+            found, *case, bias=bias, peer_dtype=torch.float16 if backend.impl == "triton" else torch.float32
+        )
+
+
 def test_reference_in_float64_is_what_autograd_says() -> None:
     hidden, weight, targets, borders = problem([3, 0, 5], 4, 6)
     options = {"bias": torch.randn(6).double(), "softcap": 2.0, "grad_losses": torch.randn(8).double()}
