@@ -89,7 +89,7 @@ class LastLayerGraNd(ScoreMethod):
             where.cu_seqlens,
             bias=bias,
             softcap=softcap,
-            grad_losses=token_weights(where.cu_seqlens, where.targets.numel(), self._reduction).to(rows.dtype),
+            grad_losses=token_weights(where.cu_seqlens, where.targets.numel(), self._reduction),
             hidden_grad=False,
             weight_grad=False,
         ).norms_sq

@@ -83,6 +83,13 @@ def test_scores_are_those_of_one_sample_at_a_time(method: ScoreMethod, name: str
     agree(score(method, model_named(name, torch.float32), samples()), method, name, samples())
 
 
+def test_the_mean_over_tokens_is_not_rounded_to_16_bits() -> None:
+    model, data = model_named("llama", torch.bfloat16), samples()
+    mean, total = (torch.from_numpy(score(LastLayerGraNd(reduction=r), model, data).values) for r in ("mean", "sum"))
+    answers = torch.tensor([len(sample.ids) - sample.prompt_length for sample in data])
+    torch.testing.assert_close(mean * answers, total, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_experts_are_scored_and_their_flops_counted() -> None:
     got = score(GraNd(), model_named("mixtral", torch.float32), samples())
     agree(got, GraNd(), "mixtral", samples())
