@@ -85,7 +85,7 @@ def run(
 @app.command()
 def score(
     config: Annotated[Path, typer.Argument(help="YAML file: model, samples, method; see examples/score.yaml.")],
-    method: Annotated[str | None, typer.Option(help="el2n, grand or last_layer_grand.")] = None,
+    method: Annotated[str | None, typer.Option(help="el2n, grand, rds_plus, bm25, ...: see docs/scoring.md.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the table.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the scores in the directory.")] = False,
     seed: Annotated[int | None, typer.Option(help="Stands in the table.")] = None,
@@ -110,6 +110,35 @@ def score(
         raise typer.Exit(130) from None
     console.print(tables.scored(scores))
     console.print(f"Scores: {scores.path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def select(
+    config: Annotated[Path, typer.Argument(help="YAML file: scores or features, rule, how many.")],
+    rule: Annotated[str | None, typer.Option(help="top_k, round_robin, bids, ...: see docs/selection.md.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Fraction of the pool.")] = None,
+    k: Annotated[int | None, typer.Option(help="Number of samples.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the subset.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of rules that draw.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier selection in the directory.")] = False,
+) -> None:
+    """Choose a subset from scores, and say what it cost and when that pays; the options replace the file's settings."""
+    _require(_NEEDED_TO_SCORE, "select")
+    from pyeff.cli import tables
+    from pyeff.train.config import load_values, parse_config
+    from pyeff.train.select import SelectConfig, select_samples
+
+    given = _given(rule=rule, keep=keep, k=k, out=None if out is None else str(out), seed=seed)
+    values = load_values(config)
+    if isinstance(values, dict):
+        # One of the two says how many: the one that is given last.
+        replaced = {"keep", "k"} if {"keep", "k"} & set(given) else set()
+        values = {**{key: value for key, value in values.items() if key not in replaced}, **given}
+    name = f"{config} with {_as_typed(given)}" if given else str(config)
+    chosen = select_samples(parse_config(values, name=name, kind=SelectConfig), force=force)
+    console = _console()
+    console.print(tables.selected(chosen))
+    console.print(f"Subset: {chosen.path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from pyeff.cli.verdict import verdict
 if TYPE_CHECKING:
     from pyeff import Info
     from pyeff.scoring import Scores
+    from pyeff.train.select import Chosen
 
 
 def summary(record: RunRecord) -> RenderableType:
@@ -101,6 +103,46 @@ def scored(scores: Scores) -> RenderableType:
     if values.size:
         table.add_row(*(f"{value:.4g}" for value in np.quantile(values, list(shares.values()))))
     return Group(facts, table)
+
+
+def selected(chosen: Chosen) -> RenderableType:
+    """What was chosen, from what, and when its cost has been earned back."""
+    facts = _plain()
+    facts.add_row("chosen", f"{len(chosen.ids):,} of {chosen.samples:,} samples by {chosen.rule}")
+    facts.add_row("scores", Text(chosen.method))
+    if chosen.undefined:
+        facts.add_row("without a finite score", plural(chosen.undefined, "sample"))
+    if chosen.left_out:
+        facts.add_row("in the holdout", f"{plural(chosen.left_out, 'sample')}, left out")
+    for name, (kept, whole) in chosen.by_source.items():
+        facts.add_row(Text(name), f"{kept:,} of {whole:,}")
+    table = Table(title="When the selection has paid", title_justify="left", title_style="bold")
+    for name in ("", "selection", "training on the pool", "on the subset", "saved a run", "pays after"):
+        table.add_column(name, justify="left" if not name else "right")
+    notes = []
+    for unit, each in chosen.pay_back.items():
+        name = "compute" if unit == "flops" else "time"
+
+        def shown(amount: float, unit: str = unit) -> str:
+            return Scale.of(unit, abs(amount)).text(amount) if unit == "flops" else duration(amount)
+
+        if each.full:
+            runs = "never" if math.isinf(each.runs) else plural(int(each.runs), "run")
+            table.add_row(name, shown(each.cost), shown(each.full), shown(each.subset), shown(each.saved), runs)
+        else:
+            table.add_row(name, shown(each.cost), "not given", "", "", "")
+            if math.isfinite(each.pays_from):
+                notes.append(
+                    f"{name}: pays in one run where training on the pool costs {shown(each.pays_from)} or more"
+                )
+    first = next(iter(chosen.pay_back.values()))
+    against = (
+        "the whole pool, as if the subset trained as well"
+        if first.random_fraction == 1
+        else f"{percent(first.random_fraction, 1)} of the pool drawn at random, said to train as well"
+    )
+    notes.append(f"saved: against training on {against}")
+    return Group(facts, table, Text("\n".join(notes), style="dim"))
 
 
 def installed(info: Info) -> RenderableType:

@@ -3,6 +3,7 @@
 from pyeff.selection.coverage import Coverage, facility_location
 from pyeff.selection.groups import balanced, by_group, kmeans, kmeans_balanced, quotas
 from pyeff.selection.matrix import ArrayMatrix, ScoreMatrix, Similarities, per_sample
+from pyeff.selection.payback import SelectionPayBack
 from pyeff.selection.sampling import boltzmann, uniform
 from pyeff.selection.subset import SELECTORS, Selection, hardest, select, top_k
 from pyeff.selection.targets import bids, round_robin
@@ -13,6 +14,7 @@ __all__ = [
     "Coverage",
     "ScoreMatrix",
     "Selection",
+    "SelectionPayBack",
     "Similarities",
     "balanced",
     "bids",

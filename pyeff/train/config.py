@@ -183,14 +183,15 @@ class RunConfig(_Strict):
 
 
 class ScoreDataConfig(_Strict):
-    """The samples to score; only answers are."""
+    """The samples to score, of which only answers are; ``target`` holds those that some methods compare them with."""
 
     pool: list[Source] = Field(min_length=1)
+    target: list[Source] = Field(default_factory=list)
     max_tokens: int = Field(default=1024, ge=2)
     chat_template: bool | Literal["auto"] = "auto"
     drop_long: bool = False
 
-    @field_validator("pool", mode="before")
+    @field_validator("pool", "target", mode="before")
     @classmethod
     def _one_source_is_a_list_of_one(cls, value: Any) -> Any:
         return [value] if isinstance(value, dict) else value
@@ -207,7 +208,7 @@ class ScoreConfig(_Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoints: list[str] = Field(default_factory=list)
     data: ScoreDataConfig
-    method: Literal["el2n", "grand", "last_layer_grand"] = "el2n"
+    method: Literal["el2n", "grand", "last_layer_grand", "perplexity", "rds_plus", "bm25", "random"] = "el2n"
     reduction: Literal["mean", "sum", "max"] = "mean"
     # A packed batch multiplies all pairs of its tokens in attention.
     batch_tokens: int = Field(default=1024, ge=2)
@@ -221,8 +222,15 @@ class ScoreConfig(_Strict):
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) must hold a sample of data.max_tokens ({self.data.max_tokens})"
             )
-        if self.reduction == "max" and self.method != "el2n":
+        if self.reduction == "max" and self.method in ("grand", "last_layer_grand"):
             raise ValueError(f"reduction must be mean or sum with method {self.method}, got max")
+        if self.method in ("rds_plus", "bm25") and not self.data.target:
+            raise ValueError(f"method {self.method} needs data.target: the samples that the pool is compared with")
+        if self.method in ("perplexity", "rds_plus", "bm25", "random"):
+            if self.reduction != "mean":
+                raise ValueError(f"reduction has no meaning for method {self.method}")
+            if self.method in ("bm25", "random") and self.checkpoints:
+                raise ValueError(f"method {self.method} reads no model: leave checkpoints out")
         return self
 
 
@@ -281,6 +289,14 @@ def load_config(path: str | Path, *, kind: type[Any] = RunConfig) -> Any:
 
     Raises `UserError` when the file cannot be read, is not YAML, or a key is unknown, missing or bad.
     """
+    return parse_config(load_values(path), name=str(path), kind=kind)
+
+
+def load_values(path: str | Path) -> Any:
+    """Read what a YAML file holds, unchecked.
+
+    Raises `UserError` when the file cannot be read or is not YAML.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -297,4 +313,4 @@ def load_config(path: str | Path, *, kind: type[Any] = RunConfig) -> Any:
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         # What PyYAML lets through of a date without such a month, a number too long, a thousand brackets.
         raise UserError(f"{path}: a value cannot be read as YAML ({error})") from error
-    return parse_config(values, name=str(path), kind=kind)
+    return values

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyeff.data import encode, load_samples
+from pyeff.data import EncodedSamples, Sample, encode, load_samples
 from pyeff.errors import UserError
-from pyeff.scoring import EL2N, GraNd, LastLayerGraNd, ScoreMethod, Scores
+from pyeff.scoring import BM25, EL2N, GraNd, LastLayerGraNd, Perplexity, RandomScore, RDSPlus, ScoreMethod, Scores
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.build import own_memory
 from pyeff.train.config import ScoreConfig
-from pyeff.train.model import load_model
+from pyeff.train.model import LoadedModel, load_model
 
 _METHODS: dict[str, Callable[..., ScoreMethod]] = {"el2n": EL2N, "grand": GraNd, "last_layer_grand": LastLayerGraNd}
 
@@ -43,23 +43,17 @@ def score_samples(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     raw = load_samples(config.data.pool)
-    method = _METHODS[config.method](reduction=config.reduction)
-    loaded = load_model(config.model, dtype=config.dtype, notify=notify)
-    data = encode(
-        raw,
-        loaded.tokenizer,
-        max_tokens=min(config.data.max_tokens, loaded.max_positions),
-        chat_template=config.data.chat_template,
-        drop_long=config.data.drop_long,
-    )
-    options: dict[str, Any] = {
-        "batch_tokens": config.batch_tokens,
-        "seed": config.seed,
-        "resume": resume,
-        "progress": progress,
-    }
-    base = own_memory(loaded.model)
+    target = load_samples(config.data.target) if config.data.target else []
+    options: dict[str, Any] = {"seed": config.seed, "resume": resume, "progress": progress}
     try:
+        if config.method in ("bm25", "random"):
+            unread = BM25(target) if config.method == "bm25" else RandomScore()
+            return unread.score(None, raw, path=config.out, **options)
+        loaded = load_model(config.model, dtype=config.dtype, notify=notify)
+        data, goals = (_encoded(samples, loaded, config) if samples else None for samples in (raw, target))
+        options["batch_tokens"] = config.batch_tokens
+        method = _method(config, goals)
+        base = own_memory(loaded.model)
         if not config.checkpoints:
             return method.score(base, data, path=config.out, **options)
         models = {_name(each): partial(_checkpoint, each, base, config, notify) for each in config.checkpoints}
@@ -70,6 +64,22 @@ def score_samples(
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _encoded(samples: list[Sample], loaded: LoadedModel, config: ScoreConfig) -> EncodedSamples:
+    return encode(
+        samples,
+        loaded.tokenizer,
+        max_tokens=min(config.data.max_tokens, loaded.max_positions),
+        chat_template=config.data.chat_template,
+        drop_long=config.data.drop_long,
+    )
+
+
+def _method(config: ScoreConfig, target: EncodedSamples | None) -> ScoreMethod:
+    if config.method == "rds_plus":
+        return RDSPlus(target)
+    return Perplexity() if config.method == "perplexity" else _METHODS[config.method](reduction=config.reduction)
 
 
 def _name(checkpoint: str) -> str:

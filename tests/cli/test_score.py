@@ -71,6 +71,36 @@ def test_options_replace_the_settings_of_the_file(config: Path, tmp_path: Path, 
     assert "GraNd" in table["method"][0].as_py()
 
 
+@pytest.mark.parametrize(("method", "name"), [("perplexity", "perplexity"), ("rds_plus", "RDS+"), ("bm25", "BM25")])
+def test_the_baselines_are_scored_by(config: Path, tmp_path: Path, method: str, name: str) -> None:
+    target = f"  target: {{kind: jsonl, path: {tmp_path / 'target.jsonl'}}}\n"
+    (tmp_path / "target.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}')
+    config.write_text(config.read_text().replace("  max_tokens: 32\n", f"  max_tokens: 32\n{target}"))
+    assert run_app(["score", str(config), "--method", method]) == 0
+    scores = read_scores(tmp_path / "out")
+    assert len(scores) == 20
+    assert scores.method.startswith(name)
+    assert len(set(scores.values.tolist())) > 1
+    assert run_app(["score", str(config), "--method", method]) == 2
+    assert run_app(["score", str(config), "--method", method, "--resume"]) == 0
+    assert read_scores(tmp_path / "out").values.tolist() == scores.values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "words"),
+    [
+        ("bm25", "", "needs data.target"),
+        ("rds_plus", "", "needs data.target"),
+        ("random", "reduction: sum\n", "reduction has no meaning"),
+        ("random", "checkpoints: [x]\n", "leave checkpoints out"),
+    ],
+)
+def test_what_a_baseline_lacks_is_said(config: Path, capsys, method: str, more: str, words: str) -> None:
+    config.write_text(config.read_text() + more)
+    assert run_app(["score", str(config), "--method", method]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_checkpoints_are_averaged(config: Path, tmp_path: Path, capsys) -> None:
     names = [str(tmp_path / f"model-{seed}") for seed in (0, 1)]
     config.write_text(config.read_text() + f"checkpoints: {json.dumps(names)}\n")
