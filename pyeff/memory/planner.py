@@ -263,8 +263,8 @@ def plan(
         accumulation: forwards whose gradients are summed before a step.
         dtype: of weights and activations; by default the module's own, or bfloat16.
         optimizer, master: see `pyeff.memory.states`; "adamw" is torch's.
-        checkpointing: "none"; "layer", torch.utils.checkpoint around each decoder layer; "attention", the same that
-            keeps attention's output and log-sum-exps instead of computing them again.
+        checkpointing: "none"; "layer", torch.utils.checkpoint around each decoder layer; "attention",
+            `pyeff.checkpoint`, which keeps attention's output and log-sum-exps instead of computing them again.
         head: "logits" as transformers' loss, "fused" without logits in memory. head_tokens: positions with a loss.
         lora_rank, lora_targets, lora_dropout: train adapters of modules with these names; 0 trains everything.
         device: "cuda" or "cpu": their attention kernels and masks of dropout differ.
@@ -499,8 +499,10 @@ class Planner:
             early_stop=settings.lora_dropout == 0,
         )
         tokens, rows = settings.seq_len, settings.batch
-        # Causal kernels skip what lies above the diagonal; a dense mask is multiplied out.
-        pairs = tokens * tokens if settings.packed else rows * tokens * (tokens + 1) // 2
+        # Causal kernels skip what lies above the diagonal; a dense mask is multiplied out. `pyeff.checkpoint` has none,
+        # and at most one sample fills the row.
+        dense = settings.packed and settings.checkpointing != "attention"
+        pairs = tokens * tokens if dense else rows * tokens * (tokens + 1) // 2
         total = cost(rows * tokens, pairs, rows * tokens if settings.head_tokens is None else settings.head_tokens)
         if settings.head == "fused":  # forms the softmax again
             positions = rows * tokens if settings.head_tokens is None else settings.head_tokens
@@ -525,9 +527,12 @@ class Planner:
 
     def options(self, settings: Settings) -> list[Option]:
         """Other ways to take the same step, ranked: what fits first, then by time (or FLOPs), then by peak."""
-        known = self.source.architecture is not None
+        architecture = self.source.architecture
+        known = architecture is not None
+        # `pyeff.attention` has no dropout.
+        keeping = architecture is not None and not architecture.attention_dropout
         values: dict[str, list[Any]] = {
-            "checkpointing": ["none", "layer", "attention"] if known else ["none", "layer"],
+            "checkpointing": ["none", "layer", "attention"] if keeping else ["none", "layer"],
             "head": ["logits", "fused"] if known else [settings.head],
         }
         if not known and not hasattr(

@@ -97,11 +97,15 @@ class _Recorder:
         self.sin = Buffer("sin", work.tokens * architecture.head_dim * itemsize)
         pairs = work.batch * work.tokens * work.tokens
         self.mask = Buffer("mask", pairs * _BOOL) if work.packed else None
+        self.replaced_attention = False
 
     # ---- the model
 
     def record(self, checkpointing: Checkpointing, head: Head) -> Tape:
         m, tape = self.m, self.tape
+        if checkpointing == "attention":
+            # `pyeff.checkpoint` brings its own attention, which takes samples' borders in place of a mask.
+            self.replaced_attention, self.mask = True, None
         x, named = self._embedding()
         for i in range(m.layers):
             # GPT-2 hands the mask on by position, and the checkpoint keeps every tensor among those.
@@ -330,9 +334,10 @@ class _Recorder:
         dropout = m.attention_dropout if self.training else 0.0
         grouped = m.kv_heads != m.heads
         fp32_on_gpu = self.device == "cuda" and s == _FP32  # no flash kernel there
-        if m.eager:
+        math = (self.device == "cpu" and dropout) or (fp32_on_gpu and grouped and self.mask is None)
+        if m.eager and not self.replaced_attention:
             return self._eager_attention(q, k, v, dropout)
-        if (self.device == "cpu" and dropout) or (fp32_on_gpu and grouped and self.mask is None):
+        if math and not self.replaced_attention:
             return self._math_attention(q, k, v, dropout)
         saved_mask = []
         if self.mask is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from planned_models import config_of, model_of, step_inputs
 
+import pyeff
 from pyeff.memory import measure_step, plan
 
 # What the planner promises.
@@ -19,7 +21,8 @@ def check(config: Any, dtype: str, batch: int, tokens: int, *, lora: dict[str, A
     checkpointing = options.get("checkpointing", "none")
     packed = options.get("packed", False)
     model = model_of(config, dtype, checkpointing=checkpointing == "layer", lora=lora)
-    measured = measure_step(model, **step_inputs(batch, tokens, packed=packed))
+    with pyeff.checkpoint(model) if checkpointing == "attention" else nullcontext():
+        measured = measure_step(model, **step_inputs(batch, tokens, packed=packed))
     adapters = {}
     if lora is not None:
         targets = lora["target_modules"]
@@ -98,6 +101,14 @@ def test_relatives_of_llama(name: str):
 
     options = {**LLAMA, "sliding_window": None} if name == "MistralConfig" else LLAMA
     check(getattr(transformers, name)(**options), "bfloat16", 2, 96)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("batch", "tokens", "packed"), [(3, 128, False), (1, 96, True)])
+def test_kept_attention(family: str, dtype: str, batch: int, tokens: int, packed: bool):
+    changes = {"attn_pdrop": 0.0} if family == "gpt2" else {}
+    check(config_of(family, **changes), dtype, batch, tokens, checkpointing="attention", packed=packed)
 
 
 def test_a_head_without_logits_keeps_two_numbers_a_token():

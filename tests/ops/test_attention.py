@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import pyeff
 from pyeff.ops import OPERATIONS
 from pyeff.ops._dispatch import interpreting
+from pyeff.ops.attention import BACKWARD, FORWARD
 
 pytestmark = backends.quiet_interpreter
 
@@ -213,6 +214,37 @@ def test_as_accurate_as_the_softmax_of_all_logits(backend: Backend, which: str, 
     # softmax leaves that to a handful of pairs: few draws, and the peer's may be lucky ones.
     multiple = 30.0 if which == "large logits" else 3.0
     assert_accurate(found, problem, tensors, impl=backend.impl, multiple=multiple)
+
+
+MIXED = {
+    "packed": Problem((0, 1, 33, 0, 20)),
+    "padded": Problem((21, 21), padded=True),
+    "whole window": Problem((23,), window=7, causal=False),
+    "two lengths": Problem((0, 1, 20), (3, 1, 25)),
+    "softcap": Problem((23,), softcap=2.0, size=3.0),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("which", MIXED)
+def test_any_backward_takes_the_results_of_any_forward(which: str, device: str) -> None:
+    problem = replace(MIXED[which], dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    tensors = problem.tensors()
+    impls = [b.impl for b in BACKENDS if b.device == "cpu"] if device == "cpu" else [*ON_GPU, "reference"]
+    impls = [impl for impl in dict.fromkeys(impls) if not Backend(impl, device).refuses(problem, tensors)]
+    q, k, v, grad_out, grad_lse = (t.to(device) for t in tensors)
+    borders = {name: t.to(device) for name, t in problem.borders().items()}
+    scale = problem.scale or problem.head_size**-0.5
+    options = [borders.get("cu_seqlens"), borders.get("cu_seqlens_k"), problem.causal, scale]
+    options += [problem.window, problem.softcap]
+    kept = {impl: FORWARD(q, k, v, *options, impl) for impl in impls}
+    assert len(impls) > 1
+    for out, lse in kept.values():
+        for backward in impls:
+            grads = BACKWARD(grad_out, q, k, v, out, lse, grad_lse, *options, backward)
+            found = [t.cpu() for t in (out, lse, *grads)]
+            # Both roundings at once.
+            assert_accurate(found, problem, tensors, impl=backward, multiple=6.0)
 
 
 @pytest.mark.gpu
