@@ -234,6 +234,29 @@ def compare(
 
 
 @app.command()
+def replay(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or a log of decisions.")],
+) -> None:
+    """Take every decision of a run again from its log alone; exit code 1 where one comes out otherwise."""
+    from pyeff.cli.audit import log_of, replayed
+
+    shown, different = replayed(log_of(directory))
+    _console().print(shown)
+    if different:
+        raise typer.Exit(1)
+
+
+@app.command()
+def audit(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or a log of decisions.")],
+) -> None:
+    """Hold the gains that the governor predicted against those it then measured."""
+    from pyeff.cli.audit import audited, log_of
+
+    _console().print(audited(log_of(directory)))
+
+
+@app.command()
 def info() -> None:
     """Show versions, devices, the compiled extension and which implementation each operation takes."""
     import pyeff

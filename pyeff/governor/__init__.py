@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pyeff.governor.audit import Audit, Outcome, audit_decisions
 from pyeff.governor.belief import Belief, Interval
 from pyeff.governor.budget import UNITS, Budget, Unit, format_amount
 from pyeff.governor.calibration import Conformal
+from pyeff.governor.config import GovernorConfig
 from pyeff.governor.control import Advantage, Fading, advantage, estimate_fading, is_control_batch
 from pyeff.governor.drift import (
     Cusum,
@@ -25,17 +27,18 @@ from pyeff.governor.flops import Cost, TransformerShape, attention_pairs
 from pyeff.governor.ledger import FIELDS, Ledger, LedgerEntry
 from pyeff.governor.log import DecisionLog, replay
 from pyeff.governor.log import read as read_decisions
-from pyeff.governor.payback import PayBack, pay_back, refresh_period, square_root_period, worth_of_training
-from pyeff.governor.policy import (
+from pyeff.governor.observation import (
     Action,
+    Arm,
+    BatchSize,
     Decision,
-    Governor,
-    GovernorConfig,
+    MemoryMode,
     Observation,
     Policy,
-    UniformPolicy,
-    recompute,
+    Selector,
 )
+from pyeff.governor.payback import PayBack, pay_back, refresh_period, square_root_period, worth_of_training
+from pyeff.governor.policy import Governor, UniformPolicy, recompute
 from pyeff.governor.signals import LocalLevel, PairedGain, clustered_gain, paired_gain
 from pyeff.governor.speculative import Speculation, best_speculation, speculation, tokens_per_pass
 
@@ -87,6 +90,9 @@ __all__ = [
     "Action",
     "Advantage",
     "AnnealShape",
+    "Arm",
+    "Audit",
+    "BatchSize",
     "Belief",
     "Budget",
     "Chinchilla",
@@ -106,13 +112,16 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "LocalLevel",
+    "MemoryMode",
     "Observation",
     "OffsetPowerLaw",
+    "Outcome",
     "PairedGain",
     "PayBack",
     "Policy",
     "RectifiedLaw",
     "ScheduleLaw",
+    "Selector",
     "Speculation",
     "TransformerShape",
     "UniformPolicy",
@@ -120,6 +129,7 @@ __all__ = [
     "advantage",
     "alarmed",
     "attention_pairs",
+    "audit_decisions",
     "best_speculation",
     "clustered_gain",
     "estimate_fading",

@@ -9,6 +9,8 @@ from typing import Any
 
 # Old mistakes belong to another phase of training.
 _KEPT = 64
+# A scale of next to nothing must not make a score that no JSON can hold.
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Conformal:
     def observed(self, *, predicted: float, scale: float, realised: float) -> Conformal:
         """Learn how a prediction turned out."""
         _check(predicted=predicted, scale=scale, realised=realised)
-        score = abs(realised - predicted) / scale
+        score = min(abs(realised - predicted) / scale, _LARGEST)
         missed = score > self.quantile
         adapted = self._missed + self.step * ((1 - self.level) - missed)
         return replace(self, scores=(*self.scores, score)[-_KEPT:], miss_rate=adapted)

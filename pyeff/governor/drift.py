@@ -217,7 +217,8 @@ class Cusum:
             raise ValueError(f"predicted and realised must be finite, got {predicted!r} and {realised!r}")
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be positive and finite, got {scale!r}")
-        return replace(self, total=max(0.0, self.total + (predicted - realised) / scale - self.slack))
+        shortfall = min((predicted - realised) / scale, 1e9)
+        return replace(self, total=max(0.0, self.total + shortfall - self.slack))
 
     def restarted(self) -> Cusum:
         """Return it at zero, as after a refresh."""

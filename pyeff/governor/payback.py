@@ -19,7 +19,13 @@ class PayBack:
 
 
 def pay_back(
-    *, gain_ratio: float, decay: float, refresh_cost: float, remaining: float, stale_for: float | None
+    *,
+    gain_ratio: float,
+    decay: float,
+    refresh_cost: float,
+    remaining: float,
+    stale_for: float | None,
+    present_ratio: float | None = None,
 ) -> PayBack:
     """Weigh a fresh selection against its cost.
 
@@ -37,6 +43,8 @@ def pay_back(
         refresh_cost: S >= 0.
         remaining: B, what is left before the cooldown's reserve; all amounts in one unit.
         stale_for: c, spent since the last scoring; None when the pool was never scored (c infinite).
+        present_ratio: rho of the present selection where another selector made it, in place of ``gain_ratio`` in
+            exp(-(x + c) / tau) and in the cost; None where it is the same.
 
     The benefit is 0 when S >= B. Raises ValueError for amounts out of range.
 
@@ -48,10 +56,14 @@ def pay_back(
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be finite and not negative, got {value!r}")
     lost = 1.0 if stale_for is None else -math.expm1(-stale_for / decay)  # share of the advantage gone
+    present = gain_ratio if present_ratio is None else present_ratio
+    if not math.isfinite(present) or present <= 0:
+        raise ValueError(f"present_ratio must be positive and finite, got {present!r}")
     after = max(remaining - refresh_cost, 0.0)
+    reach = -math.expm1(-after / decay)
     return PayBack(
-        benefit=(gain_ratio - 1) * decay * lost * -math.expm1(-after / decay),
-        cost=refresh_cost * (1 + (gain_ratio - 1) * (1 - lost)),
+        benefit=(gain_ratio - 1) * decay * lost * reach + (gain_ratio - present) * decay * (1 - lost) * reach,
+        cost=refresh_cost * (1 + (present - 1) * (1 - lost)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Decide what the next part of a budget is spent on: go on, select data again, or anneal and stop.
+"""Decide what the next part of a budget is spent on: go on, select data again, change the training, or stop.
 
 Decisions are a pure function of an :class:`Observation`, the policy's settings and its state. They read no
 clock and draw no random numbers, and all three are written into the decision, so a log can be replayed.
@@ -7,228 +7,46 @@ clock and draw no random numbers, and all three are written into the decision, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
-from pyeff.governor.belief import RATIO_LIMITS, Belief, Interval
-from pyeff.governor.budget import UNITS, format_amount
+from pyeff.governor.belief import Belief, Interval
+from pyeff.governor.budget import format_amount
+from pyeff.governor.config import GovernorConfig
+from pyeff.governor.control import Advantage, Fading, estimate_fading
+from pyeff.governor.drift import alarmed
+from pyeff.governor.forecast import Forecaster, Promise
+from pyeff.governor.menu import Option, options, over_cap
+from pyeff.governor.observation import (
+    Action,
+    Decision,
+    Observation,
+    Policy,
+    Selector,
+    action_key,
+)
 from pyeff.governor.payback import PayBack, pay_back, worth_of_training
-from pyeff.governor.signals import PairedGain, paired_gain
+from pyeff.governor.signals import PairedGain, clustered_gain, paired_gain
 
+__all__ = [
+    "Action",
+    "Decision",
+    "Governor",
+    "GovernorConfig",
+    "Observation",
+    "Policy",
+    "UniformPolicy",
+    "recompute",
+]
 
-class Action(str, Enum):
-    """What a policy can ask for at a check."""
+# Of what a decision's inputs hold. A log of another version cannot be replayed by this one.
+VERSION = 2
 
-    CONTINUE = "CONTINUE"
-    REFRESH = "REFRESH"
-    COOLDOWN = "COOLDOWN"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a policy sees at a check; every cost is in the budget's unit.
-
-    Args:
-        step: optimizer steps done.
-        spent: the budget used so far.
-        budget: the whole budget.
-        unit: "flops", "seconds" or "tokens".
-        anchors_before: per-sample losses of the averaged weights at the previous check; empty at the first
-            one.
-        anchors_now: the same samples in the same order, now.
-        spent_before: ``spent`` at the previous check (0 at the first).
-        refresh_cost: what scoring the pool would cost, S.
-        cooldown_cost: what must be left for annealing and the final evaluation.
-        scored_at: ``spent`` right *after* the pool was last scored; None when it never was.
-        refreshes_done: how many times the pool was scored.
-        loss_finite: whether every training loss since the previous check was finite.
-
-    Raises ValueError for amounts that are negative or not finite, an unknown unit, and anchors that do not
-    match. Anchor losses may be non-finite: the policy then keeps its course and says so.
-    """
-
-    step: int
-    spent: float
-    budget: float
-    unit: str
-    anchors_before: Sequence[float]
-    anchors_now: Sequence[float]
-    spent_before: float
-    refresh_cost: float
-    cooldown_cost: float
-    scored_at: float | None = None
-    refreshes_done: int = 0
-    loss_finite: bool = True
-
-    def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        for name in ("step", "refreshes_done"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or value != int(value) or value < 0:
-                raise ValueError(f"{name} must be a whole number and not negative, got {value!r}")
-        for name in ("spent", "budget", "spent_before", "refresh_cost", "cooldown_cost", "scored_at"):
-            value = getattr(self, name)
-            if value is None and name == "scored_at":
-                continue
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-            object.__setattr__(self, name, float(value))
-        if self.budget <= 0:
-            raise ValueError(f"budget must be positive, got {self.budget!r}")
-        for name in ("spent_before", "scored_at"):
-            value = getattr(self, name)
-            if value is not None and value > self.spent:
-                raise ValueError(f"{name} must not exceed spent ({self.spent!r}), got {value!r}")
-        for name in ("anchors_before", "anchors_now"):
-            object.__setattr__(self, name, tuple(float(loss) for loss in getattr(self, name)))
-        if self.anchors_before and len(self.anchors_before) != len(self.anchors_now):
-            raise ValueError(
-                f"anchors_before and anchors_now must be the same samples, "
-                f"got {len(self.anchors_before)} and {len(self.anchors_now)} of them"
-            )
-        if len(self.anchors_now) == 1:
-            raise ValueError("anchors_now must be at least 2 samples (or none at all), got 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able fields; a non-finite loss becomes the text "nan", "inf" or "-inf"."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name in ("anchors_before", "anchors_now"):
-            plain[name] = [loss if math.isfinite(loss) else str(loss) for loss in plain[name]]
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Observation:
-        """Rebuild the observation that :meth:`to_dict` wrote."""
-        return cls(**plain)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """An action, why, and everything needed to take it again.
-
-    Args:
-        step: the optimizer step it was taken at.
-        action: what to do.
-        reason: one sentence with the numbers.
-        inputs: ``{"policy", "config", "state", "observation"}``: the decision is a function of these alone.
-        values: for every action, what it is worth against CONTINUE, in units of the budget's worth of
-            training on the present data (see docs/governor.md).
-        estimates: measured and believed quantities behind the values: gain and its interval, gain ratio,
-            staleness.
-        blocked: actions that were not open at this check, and why; the chosen one is the best of the others.
-    """
-
-    step: int
-    action: Action
-    reason: str
-    inputs: dict[str, Any]
-    values: dict[str, float]
-    estimates: dict[str, Any] = field(default_factory=dict)
-    blocked: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def chosen(self) -> float:
-        """The value of the action taken."""
-        return self.values[self.action.value]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able fields."""
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {"action": self.action.value}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Decision:
-        """Rebuild the decision that :meth:`to_dict` wrote."""
-        return cls(**{**plain, "action": Action(plain["action"])})
-
-
-class Policy(Protocol):
-    """What the training loop asks of a policy."""
-
-    def decide(self, observation: Observation) -> Decision:
-        """Take the decision of one check."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, JSON-able."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state."""
-        ...
-
-
-@dataclass(frozen=True)
-class GovernorConfig:
-    """Settings of the governor, each with the reason for its default.
-
-    Args:
-        check_every: share of the budget between checks. 5 %: some fifteen decisions before the cooldown, and
-            an anchor evaluation that costs a hundredth of an interval stays at 1 % of the budget.
-        warmup: share of the budget spent before the pool may be scored. Scores of an untrained model say
-            nothing about the trained one; 5 % is one check.
-        prior_gain_ratio: rho0, how many times faster the anchors improve on a fresh selection than on the
-            whole pool, before this run has said anything. 2 with ``prior_decay`` 0.5 and a cooldown of 0.2
-            buys a first scoring of up to 27 % of the budget and none dearer; set 1 to refuse every selection.
-        prior_log_sd: standard deviation of log rho0. log 2: from no gain at all to fourfold within one.
-        prior_decay: tau, share of the budget over which a selection's advantage falls to 1/e. Half: scores of
-            averaged weights go stale over a good part of a short run, not within a few checks.
-        trajectory_log_sd: scatter of a measured log gain ratio beyond the anchors' sampling error: the path
-            of the weights is one draw, and gains of neighbouring checks commonly differ by half.
-        slowing: p in "without a refresh the rate of gain goes on as (training done)^-p", before the run has
-            shown its own. 0 is a loss falling on a straight line, 1 one falling with the logarithm of
-            training; half lies between, where a short run of a pretrained model is.
-        slowing_sd: standard deviation of p: from 0 to 1 within one. The run's own checks before a refresh
-            narrow it.
-        response_checks: checks over which a refresh is judged. Two: the first after a switch still sees
-            averaged weights from before it.
-        min_dwell: checks between two refreshes, so that one is judged before the next is bought.
-        overfit_checks: m, successive checks with the whole confidence interval of the gain below zero that
-            end the run early. Three at 95 %: by sampling error alone once in 64 000.
-        deadband: the expected return must exceed the cost by this share; 10 % keeps rounding-size advantages
-            from moving anything.
-        confidence: of the interval on the gain.
-
-    Raises ValueError for a value out of range.
-    """
-
-    check_every: float = 0.05
-    warmup: float = 0.05
-    prior_gain_ratio: float = 2.0
-    prior_log_sd: float = math.log(2.0)
-    prior_decay: float = 0.5
-    trajectory_log_sd: float = 0.5
-    slowing: float = 0.5
-    slowing_sd: float = 0.5
-    response_checks: int = 2
-    min_dwell: int = 3
-    overfit_checks: int = 3
-    deadband: float = 0.1
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        def require(name: str, holds: bool, expected: str) -> None:
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        for name in ("response_checks", "min_dwell", "overfit_checks"):
-            value = getattr(self, name)
-            require(name, not isinstance(value, bool) and isinstance(value, int) and value >= 1, "an integer >= 1")
-        require("check_every", 0 < self.check_every < 1, "between 0 and 1")
-        require("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
-        require("confidence", 0 < self.confidence < 1, "between 0 and 1")
-        low, high = RATIO_LIMITS
-        require("prior_gain_ratio", low <= self.prior_gain_ratio <= high, f"between {low:g} and {high:g}")
-        require("prior_decay", math.isfinite(self.prior_decay) and self.prior_decay > 0, "positive")
-        for name in ("slowing_sd", "trajectory_log_sd"):  # precisions of the forecast are their inverse squares
-            require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "positive")
-        for name in ("prior_log_sd", "slowing", "deadband"):
-            require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "not negative")
+_KEPT_ADVANTAGES = 32
+# Share of the budget: a rate over less says nothing, and its square overflows.
+_SHORTEST = 1e-9
+_WINDOWED = (Action.SWITCH, Action.BATCH, Action.MEMORY)
 
 
 @dataclass(frozen=True)
@@ -236,20 +54,32 @@ class _State:
     """What a policy remembers between checks.
 
     ``belief`` is None for the uniform policy. ``scoring_spent`` is what all scorings cost, so that rates are
-    per unit of training.
+    per unit of training. ``selectors`` are the beliefs (mean and variance of log rho) about those not in use.
+    ``candidate`` is the change that was best, but not yet made, on the last ``candidate_checks`` checks.
     """
 
     checks: int = 0
     refreshes_seen: int = 0
     checks_since_refresh: int = 0
+    checks_since_move: int | None = None
     falling_back: int = 0
+    below_price: int = 0
     scoring_spent: float = 0.0
     cooling: bool = False
+    candidate: str | None = None
+    candidate_checks: int = 0
+    selector: str | None = None
+    selectors: tuple[tuple[str, float, float], ...] = ()
+    advantages: tuple[Advantage, ...] = ()
+    forecaster: Forecaster = field(default_factory=Forecaster)
     belief: Belief | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             **{item.name: getattr(self, item.name) for item in fields(self)},
+            "selectors": [list(known) for known in self.selectors],
+            "advantages": [asdict(point) for point in self.advantages],
+            "forecaster": self.forecaster.to_dict(),
             "belief": None if self.belief is None else self.belief.to_dict(),
         }
 
@@ -259,7 +89,13 @@ class _State:
         if set(plain) != names:
             raise ValueError(f"state must have {sorted(names)}, got {sorted(map(str, plain))}")
         belief = plain["belief"]
-        return cls(**{**plain, "belief": None if belief is None else Belief.from_dict(belief)})
+        parts = {
+            "selectors": tuple((name, mean, variance) for name, mean, variance in plain["selectors"]),
+            "advantages": tuple(Advantage(**point) for point in plain["advantages"]),
+            "forecaster": Forecaster.from_dict(plain["forecaster"]),
+            "belief": None if belief is None else Belief.from_dict(belief),
+        }
+        return cls(**{**plain, **parts})
 
 
 def _cooldown_due(observation: Observation, config: GovernorConfig) -> bool:
@@ -341,6 +177,11 @@ def recompute(inputs: Mapping[str, Any]) -> Decision:
     deciders = {"governor": _decide_governor, "uniform": _decide_uniform}
     if inputs.get("policy") not in deciders:
         raise ValueError(f"policy must be one of {', '.join(deciders)}, got {inputs.get('policy')!r}")
+    if inputs.get("version") != VERSION:
+        raise ValueError(
+            f"it was written by another version of pyeff (inputs of version {inputs.get('version', 1)}, "
+            f"this one reads {VERSION})"
+        )
     config = GovernorConfig(**inputs["config"])
     state = _State.from_dict(inputs["state"])
     return deciders[inputs["policy"]](config, state, Observation.from_dict(inputs["observation"]))[0]
@@ -348,6 +189,7 @@ def recompute(inputs: Mapping[str, Any]) -> Decision:
 
 def _inputs(policy: str, config: GovernorConfig, state: _State, observation: Observation) -> dict[str, Any]:
     return {
+        "version": VERSION,
         "policy": policy,
         "config": asdict(config),
         "state": state.to_dict(),
@@ -378,37 +220,72 @@ def _decide_uniform(config: GovernorConfig, state: _State, observation: Observat
 
 def _decide_governor(config: GovernorConfig, state: _State, observation: Observation) -> tuple[Decision, _State]:
     gain = _gain(config, observation)
-    decay = config.prior_decay * observation.budget
-    new = _account(config, state, observation, gain, decay)
+    new = _account(config, state, observation, gain)
     assert new.belief is not None
+    fading = _fading(config, new, observation)
+    ratio, decay = fading.gain_ratio, fading.decay
     left = max(observation.budget - observation.spent - observation.cooldown_cost, 0.0)
     stale_for = None if observation.scored_at is None else observation.spent - observation.scored_at
-    ratio = new.belief.ratio
-    weighed = pay_back(
-        gain_ratio=ratio,
-        decay=decay,
-        refresh_cost=observation.refresh_cost,
-        remaining=left,
-        stale_for=stale_for,
-    )
+    selectors = observation.selectors or (Selector(None, observation.refresh_cost),)
+    weighed = {
+        _refresh_key(selector): pay_back(
+            gain_ratio=_selector_ratio(config, new, selector, ratio),
+            decay=decay,
+            refresh_cost=selector.cost,
+            remaining=left,
+            stale_for=stale_for,
+            present_ratio=None if selector.name is None else ratio,
+        )
+        for selector in selectors
+    }
     rest = worth_of_training(gain_ratio=ratio, decay=decay, remaining=left, stale_for=stale_for)
     overfit = new.falling_back >= config.overfit_checks
     blocked = _blocked(config, state, new, observation, gain, left)
     annealing = "CONTINUE" in blocked
-    values = {
-        "CONTINUE": 0.0,
-        "REFRESH": weighed.benefit - (1 + config.deadband) * weighed.cost,
-        # To stop forgoes the rest, which is worth its negative once training makes the anchors worse.
-        "COOLDOWN": 0.0 if annealing else rest if overfit else -rest,
-    }
+    values = {"CONTINUE": 0.0}
+    choices: dict[str, tuple[Action, str | None]] = {"CONTINUE": (Action.CONTINUE, None)}
+    for selector in selectors:
+        key = _refresh_key(selector)
+        values[key] = weighed[key].benefit - (1 + config.deadband) * weighed[key].cost
+        choices[key] = (Action.REFRESH, selector.name)
+    choices["COOLDOWN"] = (Action.COOLDOWN, None)
+    # To stop forgoes the rest, which is worth its negative once training makes the anchors worse.
+    values["COOLDOWN"] = 0.0 if annealing else rest if overfit else -rest
+    menu = options(observation, config, left)
+    for option in menu:
+        key = action_key(option.action, option.argument)
+        values[key], choices[key] = option.value, (option.action, option.argument)
+        why = option.blocked or _closed(config, state, new, observation, gain, blocked)
+        if why is not None:
+            blocked[key] = why
+    new, unpriced = _price(config, state, observation, new, ratio, menu, blocked)
+    if unpriced is not None and not annealing and "COOLDOWN" not in blocked:
+        values["COOLDOWN"] = unpriced * left
     # Of equals max takes the first: to go on.
-    action = max((item for item in Action if item.value not in blocked), key=lambda item: values[item.value])
+    ranked = sorted((key for key in choices if key not in blocked), key=lambda key: -values[key])
+    new, key = _wait_for_window(config, new, ranked, choices, blocked)
+    action, argument = choices[key]
+    promise = _promise(config, new, observation, gain, action, ratio, decay, stale_for)
+    shown = weighed[key if action is Action.REFRESH else _refresh_key(selectors[0])]
+    assert new.belief is not None
     low, high = new.belief.interval()
     decision = Decision(
         step=observation.step,
         action=action,
         reason=_reason(
-            config, observation, gain, weighed, action, blocked, left=left, ratio=ratio, decay=decay, state=new
+            config,
+            observation,
+            gain,
+            shown,
+            action,
+            blocked,
+            left=left,
+            ratio=ratio,
+            decay=decay,
+            state=new,
+            argument=argument,
+            key=key,
+            value=values[key],
         ),
         inputs=_inputs("governor", config, state, observation),
         values=values,
@@ -422,12 +299,163 @@ def _decide_governor(config: GovernorConfig, state: _State, observation: Observa
             "gain_ratio_high": high,
             "decay": decay,
             "stale_for": stale_for,
-            "refresh_benefit": weighed.benefit,
-            "refresh_cost": weighed.cost,
+            "refresh_benefit": shown.benefit,
+            "refresh_cost": shown.cost,
+            "forecast": promise,
+            "cusum": new.forecaster.cusum.total,
         },
         blocked=blocked,
+        argument=argument,
     )
-    return decision, replace(new, cooling=state.cooling or action is Action.COOLDOWN)
+    moved = action in (*_WINDOWED, Action.REFRESH)
+    after = new.forecaster
+    if promise is not None:
+        after = replace(after, promise=Promise(promise["rate"], promise["scale"]))
+    if moved:
+        after = after.changed()
+    return decision, replace(
+        new,
+        cooling=state.cooling or action is Action.COOLDOWN,
+        forecaster=after,
+        checks_since_move=0 if action in (*_WINDOWED, Action.PROBE) else new.checks_since_move,
+    )
+
+
+def _refresh_key(selector: Selector) -> str:
+    return action_key(Action.REFRESH, selector.name)
+
+
+def _selector_ratio(config: GovernorConfig, state: _State, selector: Selector, present: float) -> float:
+    if selector.name is None or selector.name == state.selector:
+        return present
+    known = {name: math.exp(mean) for name, mean, _ in state.selectors}
+    return known.get(selector.name, selector.gain_ratio or config.prior_gain_ratio)
+
+
+def _fading(config: GovernorConfig, state: _State, observation: Observation) -> Fading:
+    """rho and tau: of the belief and the prior, and of the control arm's advantages where there are any."""
+    assert state.belief is not None
+    decay = config.prior_decay * observation.budget
+    if not state.advantages or state.belief.log_variance <= 0:
+        return Fading(state.belief.ratio, math.sqrt(state.belief.log_variance), decay, config.decay_log_sd)
+    return estimate_fading(
+        state.advantages,
+        gain_ratio=state.belief.ratio,
+        gain_ratio_log_sd=math.sqrt(state.belief.log_variance),
+        decay=decay,
+        decay_log_sd=config.decay_log_sd,
+    )
+
+
+def _closed(
+    config: GovernorConfig,
+    state: _State,
+    new: _State,
+    observation: Observation,
+    gain: PairedGain | None,
+    blocked: Mapping[str, str],
+) -> str | None:
+    """Why nothing about the training is changed at this check; None where it may be."""
+    if "CONTINUE" in blocked:
+        return blocked["CONTINUE"]
+    if not observation.loss_finite:
+        return "a training loss is not finite"
+    if gain is None:
+        return "this run has not shown a usable gain"
+    since = [
+        n for n in (new.checks_since_move, new.checks_since_refresh if new.refreshes_seen else None) if n is not None
+    ]
+    if since and min(since) < config.min_dwell:
+        return f"this is check {min(since)} of {config.min_dwell} since the last change"
+    return None
+
+
+def _price(
+    config: GovernorConfig,
+    state: _State,
+    observation: Observation,
+    new: _State,
+    ratio: float,
+    menu: list[Option],
+    blocked: Mapping[str, str],
+) -> tuple[_State, float | None]:
+    """Count checks on which training is not worth its price; the unreturned share of it once they are enough.
+
+    The rate that counts is an optimistic one: the upper bound of the filtered rate, times the best change that is
+    open.
+    """
+    upper = new.forecaster.upper(config.stop_probability)
+    if observation.price is None or upper is None:
+        return replace(new, below_price=0), None
+    best = max([1.0, *(1 + max(o.value, 0.0) / max(_left(observation), 1e-300) for o in menu if o.blocked is None)])
+    if any(key not in blocked for key in _refresh_keys(observation)):
+        best = max(best, ratio)
+    hopeful = max(upper, 0.0) * best
+    count = state.below_price + 1 if hopeful <= observation.price else state.below_price
+    if hopeful > config.rearm * observation.price:
+        count = 0
+    new = replace(new, below_price=count)
+    if count < config.stop_checks or hopeful > observation.price:
+        return new, None
+    return new, 1 - hopeful / observation.price if observation.price > 0 else None
+
+
+def _left(observation: Observation) -> float:
+    return max(observation.budget - observation.spent - observation.cooldown_cost, 0.0)
+
+
+def _wait_for_window(
+    config: GovernorConfig,
+    new: _State,
+    ranked: list[str],
+    choices: Mapping[str, tuple[Action, str | None]],
+    blocked: dict[str, str],
+) -> tuple[_State, str]:
+    """Take the best action, but a change of the training only when it was best for ``window`` checks."""
+    best = ranked[0]
+    if choices[best][0] not in _WINDOWED:
+        return replace(new, candidate=None, candidate_checks=0), best
+    count = new.candidate_checks + 1 if new.candidate == best else 1
+    if count >= config.window:
+        return replace(new, candidate=None, candidate_checks=0), best
+    # One class of action per decision: the other changes wait as well.
+    for key in ranked[1:]:
+        if choices[key][0] in _WINDOWED:
+            blocked[key] = f"it waits for {best}, which is better"
+    blocked[best] = f"it is best on {count} of the {config.window} checks that it must be"
+    waiting = [key for key in ranked if key not in blocked]
+    return replace(new, candidate=best, candidate_checks=count), waiting[0]
+
+
+def _promise(
+    config: GovernorConfig,
+    new: _State,
+    observation: Observation,
+    gain: PairedGain | None,
+    action: Action,
+    ratio: float,
+    decay: float,
+    stale_for: float | None,
+) -> dict[str, Any] | None:
+    """What the next interval should gain under the action taken, for the audit; None where it cannot be said."""
+    if action is Action.COOLDOWN or gain is None:
+        return None
+    length = config.check_every * observation.budget
+    start = observation.spent - new.scoring_spent
+    error = gain.standard_error / length
+    found = new.forecaster.forecast(
+        start, start + length, error=error, slowing=config.slowing, scatter=config.trajectory_log_sd
+    )
+    if found is None:
+        return None
+    factor = 1.0
+    if action is Action.REFRESH:
+        kept = 0.0 if stale_for is None else math.exp(-stale_for / decay)
+        factor = ratio / (1 + (ratio - 1) * kept)
+    rate, scale = found.rate * factor, found.scale * factor
+    low, high = new.forecaster.calibration.interval(predicted=rate, scale=scale)
+    known = new.forecaster.calibration.calibrated
+    return {"rate": rate, "scale": scale, "low": low if known else None, "high": high if known else None}
 
 
 def _gain(config: GovernorConfig, observation: Observation) -> PairedGain | None:
@@ -435,6 +463,10 @@ def _gain(config: GovernorConfig, observation: Observation) -> PairedGain | None
     losses = (*observation.anchors_before, *observation.anchors_now)
     if not observation.anchors_before or not all(map(math.isfinite, losses)):
         return None
+    if len(set(observation.clusters)) >= 2:
+        return clustered_gain(
+            observation.anchors_before, observation.anchors_now, observation.clusters, confidence=config.confidence
+        )
     return paired_gain(observation.anchors_before, observation.anchors_now, confidence=config.confidence)
 
 
@@ -445,16 +477,15 @@ def _measured(gain: PairedGain | None, trained: float) -> dict[str, Any]:
     }
 
 
-def _account(
-    config: GovernorConfig, state: _State, observation: Observation, gain: PairedGain | None, decay: float
-) -> _State:
+def _account(config: GovernorConfig, state: _State, observation: Observation, gain: PairedGain | None) -> _State:
     """Count the check and hand its gain to the belief, before or after the latest refresh."""
     if observation.refreshes_done < state.refreshes_seen:
         raise ValueError(
             f"refreshes_done must not fall: {state.refreshes_seen} were seen, got {observation.refreshes_done}"
         )
-    belief = state.belief
+    belief, forecaster = state.belief, state.forecaster
     assert belief is not None
+    decay = config.prior_decay * observation.budget
     refreshed = observation.refreshes_done > state.refreshes_seen
     scoring_spent = state.scoring_spent
     if refreshed:
@@ -462,16 +493,21 @@ def _account(
             raise ValueError("scored_at must be given once refreshes_done is positive, got None")
         scoring_spent += max(observation.scored_at - observation.spent_before, 0.0)
         belief = belief.refreshed()
+    state, belief = _use_selector(config, state, belief, observation)
     start, end = observation.spent_before - state.scoring_spent, observation.spent - scoring_spent
     if gain is None or not 0 <= start < end:
-        belief = belief.interrupted()
+        belief, forecaster = belief.interrupted(), forecaster.interrupted()
     else:
         freshness = 0.0
         if observation.scored_at is not None:
             since_scoring = observation.spent - (end - start) / 2 - observation.scored_at
             freshness = math.exp(-max(since_scoring, 0.0) / decay)
+        interval = Interval(start, end, gain.mean, gain.standard_error, freshness)
+        loss = math.fsum(observation.anchors_now) / len(observation.anchors_now)
+        if end - start > _SHORTEST * observation.budget:
+            forecaster = forecaster.measured(interval, loss, slowing=config.slowing, scatter=config.trajectory_log_sd)
         belief = belief.measured(
-            Interval(start, end, gain.mean, gain.standard_error, freshness),
+            interval,
             response_checks=config.response_checks,
             slowing=config.slowing,
             slowing_sd=config.slowing_sd,
@@ -482,10 +518,36 @@ def _account(
         checks=state.checks + 1,
         refreshes_seen=observation.refreshes_done,
         checks_since_refresh=1 if refreshed else state.checks_since_refresh + 1,
+        checks_since_move=None if state.checks_since_move is None else state.checks_since_move + 1,
         falling_back=state.falling_back + 1 if gain is not None and gain.high < 0 else 0,
         scoring_spent=scoring_spent,
+        advantages=_advantages(state, observation, refreshed),
+        forecaster=forecaster,
         belief=belief,
     )
+
+
+def _advantages(state: _State, observation: Observation, refreshed: bool) -> tuple[Advantage, ...]:
+    # Another selector's advantages say nothing about this one's.
+    kept = () if refreshed and observation.selector != state.selector else state.advantages
+    return kept if observation.advantage is None else (*kept, observation.advantage)[-_KEPT_ADVANTAGES:]
+
+
+def _use_selector(
+    config: GovernorConfig, state: _State, belief: Belief, observation: Observation
+) -> tuple[_State, Belief]:
+    """Put aside the belief about one selector and take up that about the one now in use."""
+    name = observation.selector
+    if name == state.selector:
+        return state, belief
+    known = {key: (mean, variance) for key, mean, variance in state.selectors}
+    if state.selector is not None:
+        known[state.selector] = (belief.log_mean, belief.log_variance)
+    offered = {selector.name: selector.gain_ratio for selector in observation.selectors}
+    prior = (math.log(offered.get(name) or config.prior_gain_ratio), config.prior_log_sd**2)
+    mean, variance = known.pop(name, prior) if name is not None else prior
+    kept = tuple((key, *known[key]) for key in sorted(known))
+    return replace(state, selector=name, selectors=kept), replace(belief, log_mean=mean, log_variance=variance)
 
 
 _DUE = "one more interval would eat into the cooldown's reserve"
@@ -504,14 +566,15 @@ def _blocked(
     def amount(value: float) -> str:
         return format_amount(value, observation.unit)
 
+    refresh = _refresh_keys(observation)
     if state.cooling:
-        return dict.fromkeys(("CONTINUE", "REFRESH"), "the cooldown has begun")
+        return dict.fromkeys(("CONTINUE", *refresh), "the cooldown has begun")
     if not observation.loss_finite:
-        return dict.fromkeys(("REFRESH", "COOLDOWN"), "a training loss is not finite")
+        return dict.fromkeys((*refresh, "COOLDOWN"), "a training loss is not finite")
     if _cooldown_due(observation, config):
-        return dict.fromkeys(("CONTINUE", "REFRESH"), _DUE)
+        return dict.fromkeys(("CONTINUE", *refresh), _DUE)
     if observation.anchors_before and gain is None:
-        return dict.fromkeys(("REFRESH", "COOLDOWN"), "an anchor loss is not finite")
+        return dict.fromkeys((*refresh, "COOLDOWN"), "an anchor loss is not finite")
     warmup = config.warmup * observation.budget
     if observation.step == 0 or not observation.anchors_before:
         why = "a selection waits until this run has shown a first gain"
@@ -521,11 +584,28 @@ def _blocked(
         why = f"this is check {new.checks_since_refresh} of {config.min_dwell} since the last one"
     elif new.falling_back >= config.overfit_checks:
         why = "the anchors are getting worse"
-    elif observation.refresh_cost >= left:
-        why = f"it costs {amount(observation.refresh_cost)} and {amount(left)} is left before the cooldown"
+    elif new.checks_since_move is not None and new.checks_since_move < config.min_dwell:
+        why = f"this is check {new.checks_since_move} of {config.min_dwell} since the last change"
+    elif observation.refreshes_done and config.require_alarm and not _drifted(new, observation):
+        why = "no drift detector alarms"
     else:
-        return {}
-    return {"REFRESH": why}
+        closed = {}
+        for selector in observation.selectors or (Selector(None, observation.refresh_cost),):
+            reason = over_cap(observation, config, selector.cost)
+            if selector.cost >= left:
+                reason = f"it costs {amount(selector.cost)} and {amount(left)} is left before the cooldown"
+            if reason is not None:
+                closed[_refresh_key(selector)] = reason
+        return closed
+    return dict.fromkeys(_refresh_keys(observation), why)
+
+
+def _refresh_keys(observation: Observation) -> list[str]:
+    return [_refresh_key(selector) for selector in observation.selectors] or ["REFRESH"]
+
+
+def _drifted(state: _State, observation: Observation) -> bool:
+    return alarmed([*observation.drift, state.forecaster.cusum.reading])
 
 
 def _progress(gain: PairedGain | None, observation: Observation) -> str:
@@ -552,6 +632,9 @@ def _reason(
     ratio: float,
     decay: float,
     state: _State,
+    key: str,
+    argument: str | None,
+    value: float,
 ) -> str:
     def amount(value: float) -> str:
         return format_amount(value, observation.unit)
@@ -560,19 +643,30 @@ def _reason(
     if action is Action.COOLDOWN:
         if "CONTINUE" in blocked:
             return _anneal(blocked, left, observation, gain)
+        if observation.price is not None and state.falling_back < config.overfit_checks:
+            return (
+                f"Anneal: on {state.below_price} checks in a row training returned less than its price of "
+                f"{observation.price:.3g} nats per unit of the budget; {progress}."
+            )
         return f"Anneal early: {state.falling_back} checks in a row the anchors got worse for sure; {progress}."
     if "COOLDOWN" in blocked:
         return f"Go on as planned: {blocked['COOLDOWN']}, so nothing is decided on it."
-    if "REFRESH" in blocked:
-        return f"Go on: {progress}; no refresh: {blocked['REFRESH']}."
-    price = amount(observation.refresh_cost)
-    if weighed.cost != observation.refresh_cost:
+    if action not in (Action.CONTINUE, Action.REFRESH):
+        doing = {Action.SWITCH: "Switch to", Action.BATCH: "Batch", Action.PROBE: "Probe", Action.MEMORY: "Memory mode"}
+        return f"{doing[action]} {argument}: worth {amount(value)} of the {amount(left)} left; {progress}."
+    refused = [blocked.get(each) for each in _refresh_keys(observation)]
+    if action is Action.CONTINUE and all(refused):
+        return f"Go on: {progress}; no refresh: {refused[0]}."
+    offered = {selector.name: selector.cost for selector in observation.selectors}
+    cost = offered.get(argument, observation.selectors[0].cost if offered else observation.refresh_cost)
+    price = amount(cost)
+    if weighed.cost != cost:
         price += f", worth {amount(weighed.cost)} of unselected training,"
     weights = (
         f"scoring the pool costs {price} and should return {amount(weighed.benefit)} in the {amount(left)} left "
         f"before the cooldown (gain ratio {ratio:.2f}, fading over {amount(decay)})"
     )
     if action is Action.REFRESH:
-        return f"Refresh: {weights}; {progress}."
+        return f"Refresh{'' if argument is None else f' by {argument}'}: {weights}; {progress}."
     short = f", not {config.deadband:.0%} more" if weighed.benefit > weighed.cost else ""
     return f"Go on: {weights}{short}; {progress}."
