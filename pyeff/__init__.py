@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
     from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
     from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
-    from pyeff.ops.sketch_grads import AdamWDirection, Sketch, sketch_grads
+    from pyeff.ops.sketch_grads import AdamWDirection, ParameterSketch, Sketch, sketch_grads
     from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
 __version__ = "0.1.0"
@@ -54,6 +54,7 @@ _HOMES = {
     "NormLayerGrad": "pyeff.ops",
     "OptimizerRule": "pyeff.ops",
     "OptimizerStates": "pyeff.ops",
+    "ParameterSketch": "pyeff.ops",
     "Sketch": "pyeff.ops",
     "TokenScores": "pyeff.ops",
     "UnobservableError": "pyeff.observation",
@@ -108,6 +109,7 @@ __all__ = [
     "NormLayerGrad",
     "OptimizerRule",
     "OptimizerStates",
+    "ParameterSketch",
     "Sketch",
     "TokenScores",
     "UnobservableError",

@@ -21,7 +21,9 @@ formed beside the gradient at no more FLOPs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
@@ -29,6 +31,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import capability_of, on_device_of, sent_to
+from .sketch_grads import adamw_step, add_tile, cell_shape, split_key
 
 # Tiles that share their columns of G run side by side in groups of this many rows, so that the tokens a wave of
 # programs reads are near a square and stay in the L2 cache.
@@ -37,6 +40,9 @@ GROUP = tl.constexpr(8)
 # would fill a GPU once.
 WORKSPACE, LEAST_TILES = 32 << 20, 160
 SUM_BLOCK = 1024
+# Bytes of the sketches that programs own, one [samples, dim] each, and are summed at the end; and the most programs:
+# two for each processor of an H100.
+SKETCH_BYTES, SKETCH_PROGRAMS = 64 << 20, 264
 # Elements of a panel that a program of `reduce_panel` takes, 32 a thread: the numbers it leaves are few.
 PANEL_BLOCK, PANEL_WARPS = 8192, 8
 
@@ -51,6 +57,17 @@ class Config:
     num_warps: int
     num_stages: int
     described: bool = False
+
+
+class Sketch(Protocol):
+    """What a sketch of the gradients takes: its keys, its places in all, and AdamW's moments or none."""
+
+    keys: Sequence[int]
+    dim: int
+    first_row: int
+    exp_avg: torch.Tensor | None
+    exp_avg_sq: torch.Tensor | None
+    coefficients: Sequence[float]
 
 
 # What `benchmarks/tune_linear_grad.py` printed, for 16-bit inputs: by compute capability and whether there are dots, a
@@ -79,11 +96,60 @@ def pick_config(dtype: torch.dtype, dots: bool, capability: tuple[int, int], ele
 
 @triton.jit
 def meet_sample(b_grad, b_reference, p_partials, s_dots, HAS_NORMS: tl.constexpr, HAS_DOTS: tl.constexpr):
-    """All that is taken from one sample's finished tile [BM, BN] while it is in registers; a sketch would go here."""
+    """The numbers that are taken from one sample's finished tile [BM, BN] while it is in registers."""
     if HAS_NORMS:
         tl.store(p_partials, tl.sum(b_grad * b_grad))
     if HAS_DOTS:
         tl.store(p_partials + s_dots, tl.sum(b_grad * b_reference))
+
+
+@triton.jit
+def halves(b, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half [BM, BN / 2] of a tile's columns, which lie in different registers of a thread."""
+    return tl.split(tl.permute(tl.reshape(b, [BM, 2, BN // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def sketch_columns(
+    b_grad,
+    p_sums,
+    p_keys,
+    p_exp_avg,
+    p_exp_avg_sq,
+    keep_first,
+    take_first,
+    keep_second,
+    take_second,
+    eps,
+    first_row,
+    i_row,
+    i_column,
+    P,
+    D,
+    dim,
+    COPIES: tl.constexpr,
+    CELL_ROWS: tl.constexpr,
+    CELL_COLUMNS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Adds some columns [BM, BN] of a sample's tile, perhaps mapped by AdamW's moments, to its sketch."""
+    o_m = i_row + tl.arange(0, BM)
+    o_n = i_column + tl.arange(0, BN)
+    m = (o_m < P)[:, None] & (o_n < D)[None, :]
+    if HAS_MAP:
+        o = o_m.to(tl.int64)[:, None] * D + o_n[None, :]
+        b_v = tl.load(p_exp_avg_sq + o, mask=m, other=1.0)
+        b_m = tl.zeros_like(b_v)
+        if HAS_MOMENTUM:
+            b_m = tl.load(p_exp_avg + o, mask=m, other=0.0)
+        b_grad = adamw_step(b_grad, b_m, b_v, keep_first, take_first, keep_second, take_second, eps)
+    for i in tl.static_range(COPIES):
+        low, high = tl.load(p_keys + 2 * i), tl.load(p_keys + 2 * i + 1)
+        p, row = p_sums + i * dim, first_row + i_row
+        add_tile(b_grad, m, p, low, high, row, i_column, dim, CELL_ROWS, CELL_COLUMNS, BM, BN)
 
 
 @triton.jit
@@ -96,6 +162,17 @@ def accumulate_samples(
     p_reference,
     p_total,
     p_partials,
+    p_sketches,
+    p_keys,
+    p_exp_avg,
+    p_exp_avg_sq,
+    keep_first,
+    take_first,
+    keep_second,
+    take_second,
+    eps,
+    first_row,
+    dim,
     S,
     D,
     P,
@@ -116,6 +193,11 @@ def accumulate_samples(
     HAS_TOTAL: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     HAS_DOTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    CELL_ROWS: tl.constexpr,
+    CELL_COLUMNS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Within a group the row of tiles runs fastest, then the column.
@@ -177,6 +259,42 @@ def accumulate_samples(
         meet_sample(b_grad, b_reference, p_partial, s_dots, HAS_NORMS, HAS_DOTS)
         if HAS_TOTAL:
             b_total += b_grad
+        if COPIES:
+            # sketches: [programs, S, COPIES * dim]. A quarter of the columns at a time: all of them, with their
+            # addresses and signs, do not fit into registers.
+            p_sketch = p_sketches + (tl.program_id(0).to(tl.int64) * S + i_s) * (dim * COPIES)
+            # A length is not negative, which the compiler does not know: it would form the hashes of all quarters once
+            # and keep them.
+            opaque = tl.minimum(length, 0)
+            b_left, b_right = halves(b_grad, BM, BN)
+            b_0, b_1 = halves(b_left, BM, BN // 2)
+            b_2, b_3 = halves(b_right, BM, BN // 2)
+            for QUARTER in tl.static_range(4):
+                sketch_columns(
+                    b_0 if QUARTER == 0 else b_1 if QUARTER == 1 else b_2 if QUARTER == 2 else b_3,
+                    p_sketch,
+                    p_keys,
+                    p_exp_avg,
+                    p_exp_avg_sq,
+                    keep_first,
+                    take_first,
+                    keep_second,
+                    take_second,
+                    eps,
+                    tl.full([], first_row, tl.int64),
+                    i_m * BM,
+                    i_n * BN + QUARTER * (BN // 4) + opaque,
+                    P,
+                    D,
+                    tl.full([], dim, tl.int32),
+                    COPIES,
+                    CELL_ROWS,
+                    CELL_COLUMNS,
+                    HAS_MAP,
+                    HAS_MOMENTUM,
+                    BM,
+                    BN // 4,
+                )
         p_partial += tiles
     if HAS_TOTAL:
         # total: [P, D]
@@ -309,9 +427,11 @@ def linear_grad(
     weight_grad: bool = True,
     norms: bool = True,
     reference: torch.Tensor | None = None,
+    sketch: Sketch | None = None,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """weight_grad [P, D] in the dtype of `inputs`, norms_sq [S] and dots [S] in float32; [0] where not asked for.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight_grad [P, D] in the dtype of `inputs`, norms_sq [S], dots [S] and sketches [S, dim] in float32; [0] where
+    not asked for.
 
     `inputs` [N, D] and `grad_outputs` [N, P] in one dtype, `cu_seqlens` [S+1] int32 or int64. float32 products are
     exact unless torch.backends.cuda.matmul.allow_tf32. Beside the result: 32 MiB, or 1280 bytes a sample if more.
@@ -321,11 +441,23 @@ def linear_grad(
     total = torch.empty((p, d) if weight_grad else 0, dtype=inputs.dtype, device=inputs.device)
     sums = torch.empty((wanted, samples), dtype=torch.float32, device=inputs.device)
     capability = capability_of(inputs)
-    config = config or pick_config(inputs.dtype, reference is not None, capability, d * p)
+    config = config or pick_config(inputs.dtype, reference is not None or sketch is not None, capability, d * p)
     tiles = triton.cdiv(p, config.bm) * triton.cdiv(d, config.bn)
     # Before sm_90 no unit reads by descriptor.
     described = config.described and capability >= (9, 0) and describable(inputs) and describable(grad_outputs)
     step = min(tiles, max(LEAST_TILES, WORKSPACE // max(1, 4 * wanted * samples)))
+    copies = 0 if sketch is None else len(sketch.keys)
+    dim = 0 if sketch is None else sketch.dim
+    sketches, keys, moments = sums.new_empty(0), None, (None, None)
+    if sketch is not None:
+        step = max(1, min(step, tiles, SKETCH_PROGRAMS, SKETCH_BYTES // max(1, 4 * samples * dim)))
+        sketches = torch.zeros((step, samples, dim), dtype=torch.float32, device=inputs.device)
+        halves = [half for key in sketch.keys for half in split_key(key)]
+        keys = sent_to(inputs.device, torch.tensor(halves, dtype=torch.int32))
+        moments = tuple(
+            None if t is None else t.to(torch.float32).contiguous() for t in (sketch.exp_avg, sketch.exp_avg_sq)
+        )
+    cell_rows, cell_columns = cell_shape(dim // copies) if copies else (1, 1)
     partials = torch.empty(wanted * samples * step, dtype=torch.float32, device=inputs.device)
     cu_seqlens = sent_to(inputs.device, cu_seqlens)
     if tiles == 0:
@@ -342,6 +474,12 @@ def linear_grad(
                 reference,
                 total if weight_grad else None,
                 partials,
+                sketches if copies else None,
+                keys,
+                *moments,
+                *((sketch.coefficients if sketch is not None else ()) or (0.0, 1.0, 1.0, 0.0, 0.0)),
+                sketch.first_row if sketch is not None else 0,
+                dim // max(1, copies),
                 samples,
                 d,
                 p,
@@ -359,6 +497,11 @@ def linear_grad(
                 HAS_TOTAL=weight_grad,
                 HAS_NORMS=norms,
                 HAS_DOTS=reference is not None,
+                COPIES=copies,
+                CELL_ROWS=cell_rows,
+                CELL_COLUMNS=cell_columns,
+                HAS_MAP=moments[1] is not None,
+                HAS_MOMENTUM=moments[0] is not None,
                 PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
@@ -366,4 +509,6 @@ def linear_grad(
             if sums.numel():
                 sum_tiles[(sums.numel(),)](partials, sums, count, ADD=first > 0, BLOCK=SUM_BLOCK)
     empty = sums.new_empty(0)
-    return total, sums[0] if norms else empty, sums[-1] if reference is not None else empty
+    if sketch is not None:
+        sketches = sketches.sum(0).mul_(copies**-0.5)
+    return total, sums[0] if norms else empty, sums[-1] if reference is not None else empty.clone(), sketches

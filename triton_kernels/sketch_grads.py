@@ -88,6 +88,41 @@ def adamw_step(g, m, v, keep_first, take_first, keep_second, take_second, eps):
 
 
 @triton.jit
+def add_tile(
+    b,
+    m,
+    p_sums,
+    key_low,
+    key_high,
+    first_row,
+    first_column,
+    dim,
+    CELL_ROWS: tl.constexpr,
+    CELL_COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Adds a tile [BM, BN] of one sample, its element (0, 0) at a row and a column of the parameter, to its sketch
+    [dim], which is this program's alone: cell by cell, because two elements of one cell never meet."""
+    row = first_row + tl.arange(0, BM)
+    column = first_column + tl.arange(0, BN)
+    cell_row, cell_column = first_row // CELL_ROWS, first_column // CELL_COLUMNS
+    b = signed(b, key_low, key_high, row[:, None], column[None, :])
+    o_l = ((row % CELL_ROWS) * CELL_COLUMNS).to(tl.int32)[:, None] + (column % CELL_COLUMNS)[None, :]
+    for i_r in range(0, (first_row + BM - 1) // CELL_ROWS - cell_row + 1):
+        for i_c in range(0, (first_column + BN - 1) // CELL_COLUMNS - cell_column + 1):
+            o = o_l + rotation_of(key_low, key_high, cell_row + i_r, cell_column + i_c, dim)
+            o = tl.where(o >= dim, o - dim, o)
+            of_cell = (row // CELL_ROWS == cell_row + i_r)[:, None] & (column // CELL_COLUMNS == cell_column + i_c)[
+                None, :
+            ]
+            met = tl.load(p_sums + o, mask=m & of_cell, other=0.0)
+            tl.store(p_sums + o, met + b, mask=m & of_cell)
+            # Another thread may add to the same place next.
+            tl.debug_barrier()
+
+
+@triton.jit
 def gather_places(
     p_x,
     p_exp_avg,
@@ -122,11 +157,13 @@ def gather_places(
     o_j = tl.program_id(0) * BJ + tl.arange(0, BJ)
     m_s = o_s < S
     m_j = o_j < dim
-    key_low = tl.cast(key_low, tl.int32)
-    key_high = tl.cast(key_high, tl.int32)
-    dim = tl.cast(dim, tl.int32)
+    # Triton makes a constant of an integer argument that is 1.
+    key_low = tl.full([], key_low, tl.int32)
+    key_high = tl.full([], key_high, tl.int32)
+    dim = tl.full([], dim, tl.int32)
+    first_row = tl.full([], first_row, tl.int64)
     b_sum = tl.zeros([BS, BJ], tl.float32)
-    first_cell_row = (first_row // CELL_ROWS).to(tl.int64)
+    first_cell_row = first_row // CELL_ROWS
     for i in range(i_part * cells_a_part, tl.minimum(cells, (i_part + 1) * cells_a_part)):
         cell_row = first_cell_row + i // cells_across
         cell_column = i % cells_across

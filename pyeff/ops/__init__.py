@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyeff.ops.linear_grad import LinearGrad, linear_grad
     from pyeff.ops.norm_layer_grad import NormLayerGrad, norm_layer_grad
     from pyeff.ops.optimizer_step import OptimizerRule, OptimizerStates, optimizer_step
-    from pyeff.ops.sketch_grads import AdamWDirection, Sketch, sketch_grads
+    from pyeff.ops.sketch_grads import AdamWDirection, ParameterSketch, Sketch, sketch_grads
     from pyeff.ops.vector_grad import VectorGrad, vector_grad
 
 
@@ -70,6 +70,7 @@ _HOMES = {
     "NormLayerGrad": "pyeff.ops.norm_layer_grad",
     "OptimizerRule": "pyeff.ops.optimizer_step",
     "OptimizerStates": "pyeff.ops.optimizer_step",
+    "ParameterSketch": "pyeff.ops.sketch_grads",
     "Sketch": "pyeff.ops.sketch_grads",
     "TokenScores": "pyeff.ops.linear_cross_entropy_scores",
     "VectorGrad": "pyeff.ops.vector_grad",
@@ -97,6 +98,7 @@ __all__ = [
     "NormLayerGrad",
     "OptimizerRule",
     "OptimizerStates",
+    "ParameterSketch",
     "Sketch",
     "TokenScores",
     "VectorGrad",

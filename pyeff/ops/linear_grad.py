@@ -16,6 +16,7 @@ from pyeff import reference as _reference
 from pyeff._extension import extension
 from pyeff.ops._dispatch import Operation, check_layout, environment_problem
 from pyeff.ops._packed import Samples, check_borders, samples_of
+from pyeff.ops.sketch_grads import FlatSketch, ParameterSketch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,6 +45,9 @@ class GpuRates:
     drain_seconds: float
 
 
+# Numbers in the samples' sketches that the Triton kernel takes: 64 programs then fill its 64 MiB.
+_MOST_SKETCHED = 1 << 18
+
 # By compute capability. Estimates, none measured yet: a bit over half of what large products reach on A100 and H100; a
 # load from memory, the squares of a tile, and the first products of the next sample. The extra launches are two.
 # Gram tiles of 64 tokens, for short samples, reach three quarters of the rate.
@@ -61,11 +65,15 @@ class LinearGrad:
     - `weight_grad` [p, d]: sum_s D_s
     - `norms_sq` [S]: || D_s ||_F^2
     - `dots` [S]: <D_s, R>, R being the `reference`
+    - `sketches` [S, dim]: of D_s, or of the direction that the `sketch` maps it to; `sketched` is the map's name:
+      "gradient", "adamw" or "adamw-frozen"
     """
 
     weight_grad: Tensor | None
     norms_sq: Tensor | None
     dots: Tensor | None
+    sketches: Tensor | None = None
+    sketched: str | None = None
 
 
 def linear_grad(
@@ -76,11 +84,13 @@ def linear_grad(
     weight_grad: bool = True,
     norms: bool = True,
     reference: Tensor | None = None,
+    sketch: ParameterSketch | None = None,
     impl: str = "auto",
 ) -> LinearGrad:
-    """The weight gradient of a linear layer, and every sample's squared norm and dot with a reference gradient.
+    """The weight gradient of a linear layer, and every sample's squared norm, dot with a reference gradient and sketch.
 
-        D_s = sum_{t in s} g_t a_t^T,   weight_grad = sum_s D_s,   norms_sq = || D_s ||_F^2,   dots = <D_s, reference>
+        D_s = sum_{t in s} g_t a_t^T,   weight_grad = sum_s D_s,   norms_sq = || D_s ||_F^2,   dots = <D_s, reference>,
+        sketches = sketch(direction(D_s))
 
     The samples' gradients are never stored together: beside inputs and outputs at most 32 MiB of memory are used, or
     48 MiB for 16-bit inputs on the CPU, or 1280 bytes a sample on a GPU if that is more. On the CPU the 32 MiB are kept
@@ -89,18 +99,21 @@ def linear_grad(
     Shapes and dtypes: `inputs` [N, d] (what the layer was given) and `grad_outputs` [N, p] (the gradient of the loss by
     what it returned) of one dtype among float16, bfloat16, float32 and float64, of any strides; `cu_seqlens` [S+1],
     int32 or int64 on any device, the samples' borders in the token axis, from 0 to N, never falling; `reference` [p, d]
-    of any floating dtype.
+    of any floating dtype; `sketch` a `ParameterSketch`, whose direction has moments [p, d], by `pyeff.sketch_grads`.
 
     Everything accumulates in float32 (float64 inputs: in float64, by the reference implementation alone). `weight_grad`
     is rounded once at the end to the dtype of `inputs`, which is what autograd's would have; `norms_sq` and `dots` are
-    float32. An empty sample has norm and dot 0. NaN or infinity in a sample makes that sample's numbers infinite or NaN
+    float32. An empty sample has norm and dot 0, and the sketch of a
+    gradient of zeros. NaN or infinity in a sample makes that sample's numbers infinite or NaN
     (which of the two may differ between implementations), and spoils the sum.
 
     `impl`, which runs or raises `RuntimeError` with the reason; each gives the same bits in every run on one device:
 
-    - "triton" (GPU): one kernel; a sample's tile meets its norm in registers.
+    - "triton" (GPU): one kernel; a sample's tile meets its norm, its dot and its sketch in registers. Sketches of up to
+      64 MiB / 64 programs, "balanced" alone.
     - "gram" (GPU): torch's product for the gradient, with the rounding torch is set to, and `gram_norms` for the norms.
-      No dots; memory, and the rounding of small norms where the gradients of a sample's tokens cancel, as said there.
+      No dots, no sketches; memory, and the rounding of small norms where the gradients of a sample's tokens cancel, as
+      said there.
     - "panels" (GPU): torch's product for some samples' gradients at a time, into a panel that takes half of the L2
       cache and is read there, by one more kernel; 3 KiB a sample.
     - "cpu": the same with a panel of 32 MiB and C++.
@@ -128,11 +141,20 @@ def linear_grad(
     (tensor([[8., 8.]]), tensor([18., 50.]))
     """
     check_inputs(inputs, grad_outputs, cu_seqlens)
-    _check(inputs, grad_outputs, weight_grad, norms, reference)
+    _check(inputs, grad_outputs, weight_grad, norms, reference, sketch)
     with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-        total, norms_sq, dots = _OP(inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference, impl)
+        wanted = (inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference)
+        sketches = None
+        if sketch is None:
+            total, norms_sq, dots = _OP(*wanted, impl)
+        else:
+            total, norms_sq, dots, sketches = _SKETCHING_OP(*wanted, *sketch.flat, impl)
     return LinearGrad(
-        total if weight_grad else None, norms_sq if norms else None, dots if reference is not None else None
+        total if weight_grad else None,
+        norms_sq if norms else None,
+        dots if reference is not None else None,
+        sketches,
+        None if sketch is None else sketch.variant,
     )
 
 
@@ -186,10 +208,25 @@ def _environment(impl: str, device: str) -> str | None:
 
 
 def _limits(
-    impl: str, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, *, reference: Tensor | None = None, **_: object
+    impl: str,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    reference: Tensor | None = None,
+    sketch: ParameterSketch | FlatSketch | None = None,
+    **_: object,
 ) -> str | None:
     if impl == "gram" and reference is not None:
         return "Gram matrices hold no dots with a reference"
+    if impl == "gram" and sketch is not None:
+        return "Gram matrices hold no sketches"
+    if impl == "triton" and sketch is not None:
+        flat = sketch.flat if isinstance(sketch, ParameterSketch) else sketch
+        if flat.kind != "balanced":
+            return f"its kernel forms 'balanced' sketches, and this one is {flat.kind!r}"
+        if (cu_seqlens.numel() - 1) * flat.dim > _MOST_SKETCHED:
+            return f"its programs hold sketches of {_MOST_SKETCHED} numbers, and these have more"
     return float32_limits(impl, inputs)
 
 
@@ -201,10 +238,13 @@ def _order(
     weight_grad: bool = True,
     norms: bool = True,
     reference: Tensor | None = None,
+    sketch: ParameterSketch | FlatSketch | None = None,
 ) -> tuple[str, ...]:
     """The rule of `auto`."""
     if not inputs.is_cuda:
         return ("triton", "cpu", "reference")
+    if sketch is not None:
+        return ("triton", "panels", "reference")
     if weight_grad and norms and reference is None and inputs.dtype in (torch.float16, torch.bfloat16):
         capability, processors = _gpu(inputs.device)
         samples = samples_of(cu_seqlens, inputs.shape[0])
@@ -250,8 +290,27 @@ def _run(
     reference: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _take(inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference, None, impl)[:3]
+
+
+def _run_sketching(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference = args[:6]
+    sketch, impl = FlatSketch(*args[6:-1]), args[-1]
+    return _take(inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference, sketch, impl)
+
+
+def _take(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor,
+    weight_grad: bool,
+    norms: bool,
+    reference: Tensor | None,
+    sketch: FlatSketch | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     samples = samples_of(cu_seqlens, inputs.shape[0])
-    options: dict[str, Any] = {"weight_grad": weight_grad, "norms": norms, "reference": reference}
+    options: dict[str, Any] = {"weight_grad": weight_grad, "norms": norms, "reference": reference, "sketch": sketch}
     chosen = OPERATION.explain(inputs, grad_outputs, cu_seqlens, **options, impl=impl).impl
     if chosen in _WITH_SAMPLES:
         return _WITH_SAMPLES[chosen](inputs, grad_outputs, samples, **options)
@@ -261,10 +320,17 @@ def _run(
         from pyeff.triton_kernels.linear_grad import linear_grad as kernels
 
         return kernels(inputs, grad_outputs, borders, **options)
-    return _reference.linear_grad(inputs, grad_outputs, samples.borders, **options)
+    del options["sketch"]
+    sketched = None if sketch is None else functools.partial(sketch.of, impl="reference")
+    found = _reference.linear_grad(inputs, grad_outputs, samples.borders, **options, sketched=sketched)
+    if sketch is not None and len(samples.cuts) == 1:
+        return (*found[:3], found[3].new_zeros(0, sketch.dim))
+    return found
 
 
-def _on_cpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _on_cpu(
+    inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _by_panels(
         inputs,
         grad_outputs,
@@ -278,7 +344,9 @@ def _on_cpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: An
     )
 
 
-def _on_gpu(inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _on_gpu(
+    inputs: Tensor, grad_outputs: Tensor, samples: Samples, **wanted: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pyeff.triton_kernels import linear_grad as kernels
 
     return _by_panels(
@@ -309,15 +377,16 @@ def _with_gram(
     weight_grad: bool,
     norms: bool,
     reference: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sketch: FlatSketch | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pyeff.ops.gram_norms import norms_by_kernels
 
     empty = inputs.new_empty(0, dtype=torch.float32)
     total = torch.mm(grad_outputs.T, inputs) if weight_grad else inputs.new_empty(0)
-    return total, norms_by_kernels(inputs, grad_outputs, samples) if norms else empty, empty.clone()
+    return total, norms_by_kernels(inputs, grad_outputs, samples) if norms else empty, empty.clone(), empty.clone()
 
 
-_WITH_SAMPLES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+_WITH_SAMPLES: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "cpu": _on_cpu,
     "panels": _on_gpu,
     "gram": _with_gram,
@@ -332,12 +401,13 @@ def _by_panels(
     weight_grad: bool,
     norms: bool,
     reference: Tensor | None,
+    sketch: FlatSketch | None,
     reduce: Callable[..., None],
     parts: Callable[[int], int],
     panel_bytes: int,
     least_rows: int,
     memory: Callable[[int], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Some samples' gradients at a time, of some rows, in a panel of `memory` that `reduce` passes over.
 
     `reduce` leaves the numbers of a sample in `parts` (of how many elements the panel has a sample) to be summed.
@@ -359,6 +429,7 @@ def _by_panels(
     shape = (len(borders) - 1, parts(rows * d))
     norms_sq = inputs.new_zeros(shape, dtype=torch.float64) if norms else None
     dots = None if reference is None else inputs.new_zeros(shape, dtype=torch.float64)
+    sketches = None if sketch is None else inputs.new_zeros((len(borders) - 1, sketch.dim), dtype=torch.float32)
     for row in range(0, p if count else 0, rows):
         part = grad_outputs[:, row : row + rows]
         width = part.shape[1]
@@ -376,20 +447,32 @@ def _by_panels(
                 norms_sq=None if norms_sq is None else norms_sq[first:],
                 dots=None if dots is None else dots[first:],
             )
+            if sketch is not None and sketches is not None:
+                sketches[first : first + grads.shape[0]] += sketch.rows(row, width).of(grads)
         if sums is not None and sums_apart:
             total[row : row + rows] = sums
-    return total if count else total.zero_(), _of_all(norms_sq, samples, total), _of_all(dots, samples, total)
+    numbers = (None if sums is None else sums.sum(1) for sums in (norms_sq, dots))
+    missing = None
+    if sketch is not None and sketch.exp_avg is not None and len(borders) < len(samples.cuts):
+        # What AdamW makes of no gradient at all.
+        missing = sketch.of(inputs.new_zeros((1, p, d), dtype=torch.float32))[0]
+    of_norms, of_dots = (_of_all(sums, samples, total) for sums in numbers)
+    return total if count else total.zero_(), of_norms, of_dots, _of_all(sketches, samples, total, missing)
 
 
-def _of_all(parts: Tensor | None, samples: Samples, like: Tensor) -> Tensor:
-    """The sums [S] in float32 of the `parts` of those samples that have tokens, and 0 for the others; [0] for None."""
-    if parts is None:
+def _of_all(sums: Tensor | None, samples: Samples, like: Tensor, missing: Tensor | None = None) -> Tensor:
+    """The sums [S, ...] in float32 from those of the samples that have tokens, and `missing`, or 0, for the others; [0]
+    for None."""
+    if sums is None:
         return like.new_empty(0, dtype=torch.float32)
-    sums = parts.sum(1).to(torch.float32)
-    if sums.numel() == len(samples.cuts) - 1:
+    sums = sums.to(torch.float32)
+    if sums.shape[0] == len(samples.cuts) - 1:
         return sums
     where = samples.made(("with tokens", like.device), lambda: _with_tokens(samples, like.device))
-    return sums.new_zeros(len(samples.cuts) - 1).index_copy_(0, where, sums)
+    every = sums.new_zeros((len(samples.cuts) - 1, *sums.shape[1:]))
+    if missing is not None:
+        every += missing
+    return every.index_copy_(0, where, sums)
 
 
 def _with_tokens(samples: Samples, device: torch.device) -> Tensor:
@@ -488,6 +571,12 @@ def _fake(
     )
 
 
+def _fake_sketching(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference = args[:6]
+    found = _fake(inputs, grad_outputs, cu_seqlens, weight_grad, norms, reference, args[-1])
+    return (*found, found[1].new_empty((cu_seqlens.shape[0] - 1, FlatSketch(*args[6:-1]).dim)))
+
+
 torch.library.define(
     "pyeff::linear_grad",
     "(Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, bool weight_grad, bool norms, Tensor? reference, str impl)"
@@ -496,11 +585,29 @@ torch.library.define(
 torch.library.impl("pyeff::linear_grad", ("cpu", "cuda"), _run)
 torch.library.register_fake("pyeff::linear_grad", _fake)
 _OP = torch.ops.pyeff.linear_grad.default
+torch.library.define(
+    "pyeff::linear_grad_sketches",
+    "(Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, bool weight_grad, bool norms, Tensor? reference, "
+    "SymInt first_row, SymInt dim, int[] keys, str kind, Tensor? exp_avg, Tensor? exp_avg_sq, float[] coefficients, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("pyeff::linear_grad_sketches", ("cpu", "cuda"), _run_sketching)
+torch.library.register_fake("pyeff::linear_grad_sketches", _fake_sketching)
+_SKETCHING_OP = torch.ops.pyeff.linear_grad_sketches.default
 
 
-def _check(inputs: Tensor, grad_outputs: Tensor, weight_grad: bool, norms: bool, reference: Tensor | None) -> None:
-    if not (weight_grad or norms or reference is not None):
-        raise ValueError("nothing is asked for: weight_grad and norms are False and reference is None")
+def _check(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weight_grad: bool,
+    norms: bool,
+    reference: Tensor | None,
+    sketch: ParameterSketch | None,
+) -> None:
+    if not (weight_grad or norms or reference is not None or sketch is not None):
+        raise ValueError("nothing is asked for: weight_grad and norms are False, reference and sketch are None")
+    if sketch is not None:
+        _check_sketch(sketch, inputs, (grad_outputs.shape[1], inputs.shape[1]))
     if reference is None:
         return
     if not isinstance(reference, Tensor):
@@ -513,3 +620,15 @@ def _check(inputs: Tensor, grad_outputs: Tensor, weight_grad: bool, norms: bool,
     if reference.device != inputs.device:
         raise ValueError(f"reference must be on the device of inputs, {inputs.device}, and is on {reference.device}")
     check_layout("reference", reference)
+
+
+def _check_sketch(sketch: ParameterSketch, inputs: Tensor, shape: tuple[int, int]) -> None:
+    if not isinstance(sketch, ParameterSketch):
+        raise TypeError(f"sketch must be a pyeff.ParameterSketch or None, got {type(sketch).__name__}")
+    if sketch.direction is None:
+        return
+    moments = sketch.direction.exp_avg_sq
+    if moments.shape != shape:
+        raise ValueError(f"sketch must have moments of shape {list(shape)} like the weight, got {tuple(moments.shape)}")
+    if moments.device != inputs.device:
+        raise ValueError(f"sketch must have moments on the device of inputs, {inputs.device}, not on {moments.device}")

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -294,12 +294,62 @@ def sketch_grads(
             raise ValueError(
                 f"direction must be on the device of grads, {grads.device}, and is on {direction.exp_avg_sq.device}"
             )
-    moments: tuple[Tensor | None, Tensor | None] = (None, None)
-    if direction is not None:
-        moments = (direction.momentum, direction.exp_avg_sq)
-    coefficients = [] if direction is None else direction.coefficients
+    flat = ParameterSketch(sketch, name, first_row, direction).flat
     with torch.no_grad(), torch.autocast(grads.device.type, enabled=False):
-        return _OP(grads, first_row, sketch.dim, sketch.keys(name), sketch.kind, *moments, coefficients, impl)
+        return _OP(grads, *flat, impl)
+
+
+@dataclass(frozen=True)
+class ParameterSketch:
+    """The sketch of one parameter's gradient: of the rows from `first_row` on, perhaps mapped by `direction` first.
+
+    What an operation needs to sketch a gradient where it is formed; `sketch_grads` has the definition.
+    """
+
+    sketch: Sketch
+    name: str
+    first_row: int = 0
+    direction: AdamWDirection | None = None
+
+    @property
+    def variant(self) -> str:
+        """The map's name in results: "gradient", "adamw" or "adamw-frozen"."""
+        return "gradient" if self.direction is None else self.direction.variant
+
+    @property
+    def flat(self) -> FlatSketch:
+        """The same as an operator's arguments."""
+        direction, sketch = self.direction, self.sketch
+        return FlatSketch(
+            self.first_row,
+            sketch.dim,
+            sketch.keys(self.name),
+            sketch.kind,
+            None if direction is None else direction.momentum,
+            None if direction is None else direction.exp_avg_sq,
+            [] if direction is None else direction.coefficients,
+        )
+
+
+class FlatSketch(NamedTuple):
+    """A `ParameterSketch` as numbers and tensors."""
+
+    first_row: int
+    dim: int
+    keys: list[int]
+    kind: str
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    coefficients: list[float]
+
+    def rows(self, first: int, count: int) -> FlatSketch:
+        """That of some of its rows."""
+        m, v = (None if t is None else t[first : first + count] for t in (self.exp_avg, self.exp_avg_sq))
+        return self._replace(first_row=self.first_row + first, exp_avg=m, exp_avg_sq=v)
+
+    def of(self, grads: Tensor, impl: str = "auto") -> Tensor:
+        """The sketches [S, dim] of matrices [S, rows, columns]."""
+        return _run(grads, *self, impl)
 
 
 def sketch_limits(impl: str, grads: Tensor, kind: str) -> str | None:
@@ -341,16 +391,13 @@ def _run(
         return _reference.sketch_rows(grads, row, dim, keys, kind=kind)
     if grads.stride(2) != 1 and grads.shape[2] != 1:
         grads = grads.contiguous()
-    moments = {
-        "exp_avg": None if exp_avg is None else exp_avg.to(torch.float32).contiguous(),
-        "exp_avg_sq": None if exp_avg_sq is None else exp_avg_sq.to(torch.float32).contiguous(),
-    }
+    m, v = (None if t is None else t.to(torch.float32).contiguous() for t in (exp_avg, exp_avg_sq))
     if chosen == "triton":
         from pyeff.triton_kernels.sketch_grads import sketch_grads as kernels
 
         numbers = {"coefficients": coefficients} if coefficients else {}
-        return kernels(grads, dim, keys, first_row=first_row, **moments, **numbers)
-    return _on_cpu(grads, first_row, dim, keys, moments["exp_avg"], moments["exp_avg_sq"], coefficients)
+        return kernels(grads, dim, keys, first_row=first_row, exp_avg=m, exp_avg_sq=v, **numbers)
+    return _on_cpu(grads, first_row, dim, keys, m, v, coefficients)
 
 
 def _on_cpu(

@@ -10,6 +10,7 @@ cu_seqlens[s] <= t < cu_seqlens[s+1], its gradient is D_s = sum_t g_t a_t^T = G_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -24,8 +25,10 @@ def linear_grad(
     weight_grad: bool = True,
     norms: bool = True,
     reference: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """weight_grad [p, d] in the dtype of `inputs`, norms_sq [S] and dots [S]; empty [0] where not asked for.
+    sketched: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight_grad [p, d] in the dtype of `inputs`, norms_sq [S], dots [S] and what `sketched` makes
+    of every sample's gradient [1, p, d]; empty [0] where not asked for.
 
     Computes in float64 if `inputs` is, else in float32. One sample's gradient is in memory at a time.
     """
@@ -35,6 +38,7 @@ def linear_grad(
     total = inputs.new_zeros(shape if weight_grad else 0, dtype=dtype)
     norms_sq = inputs.new_zeros(samples if norms else 0, dtype=dtype)
     dots = inputs.new_zeros(samples if reference is not None else 0, dtype=dtype)
+    sketches: list[Tensor] = []
     for s, (start, end) in enumerate(pairwise(borders)):
         grad = grad_outputs[start:end].to(dtype).T @ inputs[start:end].to(dtype)  # [p, d]
         if weight_grad:
@@ -43,4 +47,7 @@ def linear_grad(
             norms_sq[s] = grad.square().sum()
         if reference is not None:
             dots[s] = (grad * reference.to(dtype)).sum()
-    return total.to(inputs.dtype), norms_sq, dots
+        if sketched is not None:
+            sketches.append(sketched(grad[None]))
+    found = torch.cat(sketches) if sketches else inputs.new_zeros(0, dtype=dtype)
+    return total.to(inputs.dtype), norms_sq, dots, found

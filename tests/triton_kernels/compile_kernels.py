@@ -62,17 +62,38 @@ def linear_cross_entropy_grad(
 
 
 def linear_grad(
-    dtype: torch.dtype, *, features: int = 4096, referenced: bool = False, tile: tuple[Any, ...] | None = None
+    dtype: torch.dtype,
+    *,
+    features: int = 4096,
+    referenced: bool = False,
+    sketched: dict[str, Any] | None = None,
+    tile: tuple[Any, ...] | None = None,
 ) -> None:
     """A weight gradient of 16384 tokens in 8 samples, with their norms; from sm_90 with a `tile` of its own."""
     from pyeff.triton_kernels import linear_grad as module
+
+    from pyeff.ops.sketch_grads import FlatSketch
 
     inputs = torch.empty(16384, features, dtype=dtype, device="meta")
     grad_outputs = torch.empty(16384, 4096, dtype=dtype, device="meta")
     cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
     reference = torch.empty(4096, features, dtype=dtype, device="meta") if referenced else None
     config = module.Config(*tile) if tile and torch.cuda.get_device_capability() >= (9, 0) else None
-    module.linear_grad(inputs, grad_outputs, cu_seqlens, reference=reference, config=config)
+    sketch = None
+    if sketched is not None:
+        moments = torch.empty(4096, features, device="meta") if sketched["mapped"] else None
+        numbers = [0.9, 0.1, 0.9, 0.1, 1e-8] if sketched["mapped"] else []
+        sketch = FlatSketch(0, sketched["dim"], [3], "balanced", moments, moments, numbers)
+    module.linear_grad(inputs, grad_outputs, cu_seqlens, reference=reference, sketch=sketch, config=config)
+
+
+def sketch_grads(dtype: torch.dtype, *, dim: int = 8192, rows: int = 4096, mapped: bool = False) -> None:
+    """Sketches of 8 samples' gradients of a matrix."""
+    from pyeff.triton_kernels import sketch_grads as module
+
+    moments = torch.empty(rows, 4096, device="meta") if mapped else None
+    options = {"exp_avg": moments, "exp_avg_sq": moments} if mapped else {}
+    module.sketch_grads(torch.empty(8, rows, 4096, dtype=dtype, device="meta"), dim, [3], **options)
 
 
 def linear_grad_panel(*, referenced: bool = False) -> None:
@@ -96,6 +117,19 @@ def gram_norms(dtype: torch.dtype, *, features: int = 4096, tokens: int = 2048) 
     plan = module.plan_of(samples.borders, config, torch.device("cpu"))
     module.gram_norms(inputs, grad_outputs, plan)
 
+
+def attention(dtype: torch.dtype, *, head_size: int = 128, packed: bool = False, **options: Any) -> None:
+    """Attention of 8192 tokens by 32 heads over 8 of keys, and its backward."""
+    from pyeff.triton_kernels import attention as forward
+    from pyeff.triton_kernels import attention_backward as backward
+
+    batch = () if packed else (4,)
+    q = torch.empty(*batch, 8192, 32, head_size, dtype=dtype, device="meta")
+    k = torch.empty(*batch, 8192, 8, head_size, dtype=dtype, device="meta")
+    if packed:
+        options["cu_seqlens"] = torch.empty(9, dtype=torch.int32, device="meta")
+    out, lse = forward.attention(q, k, k, scale=0.1, **options)
+    backward.attention_backward(out, q, k, k, out, lse, scale=0.1, **options)
 
 
 def vector_grad(dtype: torch.dtype, *, features: int = 4096, gain: bool = True) -> None:
@@ -134,6 +168,12 @@ def embedding_grad(dtype: torch.dtype) -> None:
 
 # One entry for every way in which a launcher specialises its kernels so that registers or the pipeline could change.
 CASES: dict[str, Callable[[], None]] = {
+    "attention.bf16_64": partial(attention, torch.bfloat16, head_size=64),
+    "attention.bf16_256": partial(attention, torch.bfloat16, head_size=256),
+    "attention.bf16_packed": partial(attention, torch.bfloat16, packed=True),
+    "attention.bf16_softcap": partial(attention, torch.bfloat16, softcap=30.0),
+    "attention.fp16_80_window": partial(attention, torch.float16, head_size=80, window=1024),
+    "attention.fp32": partial(attention, torch.float32),
     "linear_cross_entropy_scores.bf16": partial(linear_cross_entropy_scores, torch.bfloat16),
     "linear_cross_entropy_scores.bf16_softcap": partial(linear_cross_entropy_scores, torch.bfloat16, softcapped=True),
     "linear_cross_entropy_scores.fp16_ragged": partial(linear_cross_entropy_scores, torch.float16, d=1040),
@@ -155,6 +195,10 @@ CASES: dict[str, Callable[[], None]] = {
     # What the tuning script tries beside the choice that ships.
     "linear_grad.descriptors": partial(linear_grad, torch.bfloat16, tile=(128, 128, 64, 8, 4, True)),
     "linear_grad.narrow": partial(linear_grad, torch.bfloat16, tile=(64, 64, 64, 4, 4)),
+    "linear_grad.bf16_sketch": partial(linear_grad, torch.bfloat16, sketched={"dim": 8192, "mapped": False}),
+    "linear_grad.bf16_sketch_2048": partial(linear_grad, torch.bfloat16, sketched={"dim": 2048, "mapped": False}),
+    "linear_grad.bf16_sketch_adamw": partial(linear_grad, torch.bfloat16, sketched={"dim": 8192, "mapped": True}),
+    "linear_grad.fp32_sketch": partial(linear_grad, torch.float32, sketched={"dim": 8192, "mapped": True}),
     "linear_grad.panel": linear_grad_panel,
     "linear_grad.panel_reference": partial(linear_grad_panel, referenced=True),
     "gram_norms.bf16": partial(gram_norms, torch.bfloat16),
@@ -172,6 +216,9 @@ CASES: dict[str, Callable[[], None]] = {
     "norm_layer_grad.fp32_16384": partial(norm_layer_grad, torch.float32, features=16384),
     "norm_layer_grad.bf16_16384": partial(norm_layer_grad, torch.bfloat16, features=16384, center=True),
     "norm_layer_grad.fp32_64": partial(norm_layer_grad, torch.float32, features=64, center=True),
+    "sketch_grads.bf16": partial(sketch_grads, torch.bfloat16),
+    "sketch_grads.fp32_adamw": partial(sketch_grads, torch.float32, mapped=True),
+    "sketch_grads.ones": partial(sketch_grads, torch.float32, dim=100, rows=1),
     "embedding_grad.bf16": partial(embedding_grad, torch.bfloat16),
     "embedding_grad.fp32": partial(embedding_grad, torch.float32),
 }
@@ -232,6 +279,7 @@ def facts(kernel: Any) -> dict[str, Any]:
         "bulk_copies": "cp.async.bulk" in ptx,
         # cp.async.cg moves sixteen bytes; narrower copies are .ca: a divisibility hint got lost.
         "narrow_copies": "cp.async.ca.shared" in ptx,
+        "wide_copies": "cp.async.cg.shared" in ptx,
         "tensor_core": next((name for name in TENSOR_CORE if name in ptx), None),
     }
 
