@@ -246,3 +246,15 @@ def test_the_torch_generator_is_left_alone(tmp_path, world) -> None:
     state = torch.random.get_rng_state()
     assert select(tmp_path, {**world, "rule": "random"}) == 0
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_example_chooses_from_what_the_example_of_scoring_writes() -> None:
+    from pyeff.train import ScoreConfig, load_config
+    from pyeff.train.select import SelectConfig
+
+    examples = Path(__file__).parents[2] / "examples"
+    settings = load_config(examples / "select.yaml", kind=SelectConfig)
+    scoring = load_config(examples / "score.yaml", kind=ScoreConfig)
+    assert settings.scores == scoring.out
+    assert settings.data is not None
+    assert settings.data.pool == scoring.data.pool
