@@ -170,6 +170,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write the results that count to DIR/<device>.json; benchmarks/results feeds the tables of the documents",
     )
+    parser.addoption("--long", action="store_true", help="also what takes minutes on a CPU, with twenty pairs each")
     parser.addoption("--tiny", action="store_true", help="toy shapes, one round: whether the benchmarks run at all")
 
 

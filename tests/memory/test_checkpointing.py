@@ -400,6 +400,27 @@ def test_a_layer_keeps_its_input_and_what_attention_returned(dtype: torch.dtype)
     assert layers_only(keep="attention") == 2 * (inputs_of_layers + of_attention)
 
 
+def test_kept_bytes_beside_those_of_torch_checkpoint_and_of_none():
+    sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+    torch.manual_seed(0)
+    model = transformers.LlamaModel(transformers.LlamaConfig(**sizes)).train()
+    x = torch.randn(1, 32, 512)
+    outputs = []
+
+    def kept() -> int:
+        return saved_bytes(lambda: outputs.append(model(inputs_embeds=x, use_cache=False).last_hidden_state))
+
+    everything = kept()
+    norm = saved_bytes(lambda: outputs.append(model.norm(outputs[0])))
+    positions = 2 * 32 * 64 * 4  # cos and sin, which layers that are not checkpointed share
+    with pyeff.checkpoint(model):
+        ours = kept()
+    with pyeff.checkpoint(model, keep="nothing"):
+        inputs = kept()
+    assert ours - norm <= 2.1 * (inputs - norm)
+    assert ours - norm <= 0.2 * (everything - norm - positions)
+
+
 @pytest.mark.parametrize("to", ["int8", "fp8"])
 def test_a_compressed_input_takes_a_byte_an_element_and_a_scale_a_block(to: Any):
     model, batch = model_of("llama", torch.bfloat16), batch_of()
