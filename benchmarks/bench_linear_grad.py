@@ -243,11 +243,21 @@ def test_training_step_of_six_blocks(
         step(lambda layer, inputs: WatchedLinear.apply(inputs, layer.weight, cu_seqlens, norms_sq))
         return norms_sq
 
+    def observed() -> Tensor:
+        with pyeff.observe(model) as seen:
+            step()
+        return seen.grad_norms.square()
+
     norms_sq = watched()
     for s in range(2):
         gradients = torch.autograd.grad(model(x[s : s + 1]).square().sum(), list(model.parameters()))
         torch.testing.assert_close(norms_sq[s], sum(gradient.square().sum() for gradient in gradients))
-    functions = {"plain step": step, "pyeff, step with norms": watched, "vmap(grad)": vmap_step(model, x)}
+    functions = {
+        "plain step": step,
+        "pyeff, step with norms": watched,
+        "pyeff.observe": observed,
+        "vmap(grad)": vmap_step(model, x),
+    }
     if (problem := opacus_problem()) is None:
         functions["Opacus, ghost norms"] = opacus_step(model, x)
     else:
