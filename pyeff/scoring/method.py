@@ -208,7 +208,7 @@ class ScoreMethod(BatchMethod):
         if not models:
             raise ValueError("models must hold at least one model, got none")
         for name in models:
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", "..", AVERAGE):
                 raise ValueError(f"the names of models become names of directories, and {name!r} is none")
         parts = []
         for name, model in models.items():
