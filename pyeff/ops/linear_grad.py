@@ -468,7 +468,9 @@ def _of_all(sums: Tensor | None, samples: Samples, like: Tensor, missing: Tensor
     sums = sums.to(torch.float32)
     if sums.shape[0] == len(samples.cuts) - 1:
         return sums
-    where = samples.made(("with tokens", like.device), lambda: _with_tokens(samples, like.device))
+    # A list sent on one stream may not be there yet for another.
+    stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
+    where = samples.made(("with tokens", like.device, stream), lambda: _with_tokens(samples, like.device))
     every = sums.new_zeros((len(samples.cuts) - 1, *sums.shape[1:]))
     if missing is not None:
         every += missing
