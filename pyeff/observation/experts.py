@@ -135,11 +135,29 @@ def observe_experts(observation: GradientObservation) -> list[Callable[[], None]
     undo: list[Callable[[], None]] = []
     for module in observation.model.modules():
         own = [p for p in module.parameters(recurse=False) if id(p) in observation.parameters]
-        if not own or not all(hasattr(module, name) for name in _INTERFACE) or "forward" in vars(module):
+        if not own or not all(hasattr(module, name) for name in _INTERFACE) or _has_own_forward(module):
             continue
-        module.forward = functools.partial(_experts_forward, observation, module)
+        module.forward = _ObservedForward(observation, module)
         undo.append(functools.partial(delattr, module, "forward"))
     return undo
+
+
+class _ObservedForward:
+    """The observed forward pass of a module; in a copy of the module, that of its class."""
+
+    def __init__(self, observation: GradientObservation, module: nn.Module) -> None:
+        self._call, self._module = functools.partial(_experts_forward, observation, module), module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, "forward")
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _experts_forward(

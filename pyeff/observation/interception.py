@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from pyeff.observation.convolution import ObservedConvolution, geometry_of
 from pyeff.observation.head import ObservedHead
@@ -51,16 +51,30 @@ class Interception(TorchFunctionMode):
         self._fixed_ids = {id(t) for t in (*observation.model.parameters(), *observation.model.buffers())}
         self._fixed: dict[int, weakref.ref[Tensor]] = {}
         self._sampled: Tensor | None = None
+        self._moved: dict[int, weakref.ref[Tensor]] = {}
+
+    def leave(self) -> None:
+        """Leave this mode, whichever modes were entered after it."""
+        entered = _get_current_function_mode_stack()
+        if self not in entered:  # of another thread: there it does nothing any more
+            return
+        above = [_pop_mode() for _ in range(len(entered) - entered.index(self))][:-1]
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Hand a call to its observed layer, if it has one and uses a watched parameter."""
         kwargs = kwargs or {}
+        if not self.observation.is_open:
+            return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if not torch.is_grad_enabled():
             return handler(self, func, *args, **kwargs) if handler in _BACKWARD else func(*args, **kwargs)
         result = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
+        if self._moved or func in _MOVES:
+            self._follow(func, args, kwargs, result)
         if not self.observation.in_forward or (args and isinstance(args[0], Tensor) and not self.is_fixed(args[0])):
             return result
         if result is not self._sampled and isinstance(result, Tensor | tuple | list) and self._all_fixed(args, kwargs):
@@ -79,6 +93,31 @@ class Interception(TorchFunctionMode):
         if id(t) in self._fixed_ids:
             return True
         known = self._fixed.get(id(t))
+        return known is not None and known() is t
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Notice results as long as the batch whose dimension 0 does not count its samples."""
+        if not (self.observation.in_forward and isinstance(result, Tensor) and args):
+            return
+        batch = self.observation.current_forward().batch
+        if batch.packed is not None or batch.samples < 2 or result.shape[:1] != (batch.samples,):
+            return
+        move = _MOVES.get(func)
+        if move is None:
+            # Of several tensors that were stacked, one taken out again has its samples first.
+            moved = result.ndim >= max((t.ndim for t in args if isinstance(t, Tensor)), default=0) and any(
+                isinstance(t, Tensor) and t.shape[:2] == result.shape[:2] and self.is_moved(t) for t in args
+            )
+        elif isinstance(args[0], Tensor):
+            moved = self.is_moved(args[0]) != move(result, *args, **kwargs)
+        else:
+            moved = move(result, *args, **kwargs)
+        if moved:
+            self._moved[id(result)] = weakref.ref(result, functools.partial(_forget, self._moved, id(result)))
+
+    def is_moved(self, t: Tensor) -> bool:
+        """Whether dimension 0 of a tensor is known to count something else than samples."""
+        known = self._moved.get(id(t))
         return known is not None and known() is t
 
     def _all_fixed(self, args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
@@ -124,6 +163,10 @@ class Interception(TorchFunctionMode):
             return None
         observation = self.observation
         replays = _replays()
+        if self.is_moved(x):
+            reason = "does not keep the samples: its dimension 0 was moved or summed"
+            observation.refuse(ref.name, f"its layer's input of shape {tuple(x.shape)} {reason}")
+            return None
         if (
             kind != "embedding"
             and not repeated
@@ -166,6 +209,28 @@ def _replays() -> bool:
     node = torch._C._current_autograd_node()
     return getattr(node, "_forward_cls", None) is not torch.utils.checkpoint.CheckpointFunction
 
+
+def _of_view(result: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    # A view that keeps dimension 0 keeps its stride.
+    return result.stride()[:1] != input.stride()[:1]
+
+
+def _of_sum(result: Tensor, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> bool:
+    dims = dim if isinstance(dim, tuple | list) else (dim,)
+    return 0 in dims or -input.ndim in dims
+
+
+def _of_stack(result: Tensor, tensors: Any, dim: int = 0, **kwargs: Any) -> bool:
+    return dim in (0, -result.ndim)
+
+
+# Whether a call takes the samples out of dimension 0 of what it is given, or, where they were not there, into it.
+_MOVES: dict[Any, Callable[..., bool]] = {torch.stack: _of_stack}
+for _name in ("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"):
+    _MOVES |= {getattr(torch, _name): _of_view, getattr(Tensor, _name): _of_view}
+_MOVES[vars(torch._C.TensorBase)["T"].__get__] = _of_view
+for _name in ("sum", "mean", "amax", "amin", "prod", "logsumexp"):
+    _MOVES |= {getattr(torch, _name): _of_sum, getattr(Tensor, _name): _of_sum}
 
 Handler = Callable[..., Any]
 _TRANSPOSES = [vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT")]
@@ -516,6 +581,7 @@ def _run_backward(
     # handles a call; given edges in place of tensors, it does not call back for the same one.
     with mode:
         torch.autograd.backward(edges, gradients, retain_graph, create_graph, inputs=inputs)
+    mode.observation.after_backward()
 
 
 def _edge(t: Any) -> Any:

@@ -139,7 +139,8 @@ class ObservedEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         use: Use = ctx.use
         rows = g.reshape(-1, g.shape[-1])
-        wanted = use.forward.observation.gradient
+        # Once the context is left, nothing keeps `.grad` as it was.
+        wanted = use.forward.observation.gradient or not use.forward.observation.is_open
         grad_w = None
         if wanted or use.open:
             padding_idx = None if ctx.padding_idx < 0 else ctx.padding_idx

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -83,6 +85,8 @@ def observe(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if noise_scale is not None and not isinstance(noise_scale, NoiseScale):
+        raise TypeError(f"noise_scale must be a pyeff.NoiseScale or None, got {type(noise_scale).__name__}")
     if not norms:
         raise ValueError("norms=False leaves nothing to observe")
     if not gradient:
@@ -119,6 +123,7 @@ class GradientObservation:
         self._settled = 0
         self.in_forward = False
         self._had_gradient: bool | None = None
+        self._left: dict[str, tuple[int, int]] = {}
         self._undo: list[Any] = []
         self._state = "new"
 
@@ -152,8 +157,8 @@ class GradientObservation:
 
         Reads `param.grad` of the observed parameters, so ask before it is clipped or cleared. Under
         `DistributedDataParallel` the ranks' samples count together, and all ranks must ask. Cost: one pass over the
-        gradient. Raises `ValueError` when a gradient was there before the first observed backward pass, or for fewer
-        than two samples.
+        gradient. Raises `ValueError` when a gradient was there before the first observed backward pass, or is no longer
+        what that pass left, or for fewer than two samples.
         """
         if not self.gradient:
             raise RuntimeError("noise_scale needs the gradient: observe(model, gradient=True)")
@@ -163,6 +168,7 @@ class GradientObservation:
                 "parameters held a gradient before the first observed backward pass, so that the samples' shares do "
                 "not add up to it: call zero_grad(set_to_none=True) before"
             )
+        self._refuse_changed_gradients()
         gradients = [
             p.grad for name, p in self.parameters.values() if p.grad is not None and name not in self.unobserved
         ]
@@ -175,6 +181,17 @@ class GradientObservation:
             torch.distributed.all_reduce(sums, group=self.model.process_group)
             sums[0] /= self.model.process_group.size() ** 2
         return estimate_noise_scale(float(sums[0]), float(total), int(sums[1]))
+
+    def _refuse_changed_gradients(self) -> None:
+        for name, parameter in self.parameters.values():
+            if name in self.unobserved or name not in self._contributions:
+                continue
+            gradient = parameter.grad
+            if gradient is None or self._left.get(name, _mark(gradient)) != _mark(gradient):
+                raise ValueError(
+                    f"the gradient of {name} is no longer what the backward pass left in .grad: ask for noise_scale, "
+                    "or leave the context, before gradients are cleared, clipped or unscaled"
+                )
 
     def segments(self, cu_seqlens: Tensor, *, kept: Tensor | None = None) -> None:
         """Say where the samples of the next forward pass lie among its tokens: borders [samples + 1], int32.
@@ -197,7 +214,12 @@ class GradientObservation:
         for name, reason in _known_unobservable(self.model, self.parameters).items():
             self.refuse(name, reason)
         self.raise_if_refused()
+        watched = {key for other in list(_OPEN) for key in other.parameters}
+        shared = [name for key, (name, _) in self.parameters.items() if key in watched]
+        if shared:
+            raise ValueError(f"{shared[0]} is observed already: leave that observation before another one begins")
         self._state = "open"
+        _OPEN.add(self)
         try:
             self._install()
         except BaseException:
@@ -213,9 +235,9 @@ class GradientObservation:
             self._smoothed.update(self.noise_scale)
 
     def _install(self) -> None:
-        before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        before = self.model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True)
         self._undo.append(before.remove)
-        self._undo.append(self.model.register_forward_hook(self._after_forward, always_call=True).remove)
+        self._undo.append(self.model.register_forward_hook(_Hook(self._after_forward), always_call=True).remove)
         if not self.gradient:
             for _, parameter in self.parameters.values():
                 self._undo.append(functools.partial(setattr, parameter, "grad", parameter.grad))
@@ -226,10 +248,11 @@ class GradientObservation:
         self._undo += observe_experts(self)
         self.mode = Interception(self)
         self.mode.__enter__()
-        self._undo.append(functools.partial(self.mode.__exit__, None, None, None))
+        self._undo.append(self.mode.leave)
 
     def _restore(self) -> None:
         self._state = "closed"
+        _OPEN.discard(self)
         while self._undo:
             self._undo.pop()()
 
@@ -280,9 +303,22 @@ class GradientObservation:
             if self._had_gradient is None:
                 self._had_gradient = any(p.grad is not None for _, p in self.parameters.values())
             self._settle()
-        for name, reason in unobserved_uses(grad_fns(roots), self.parameters).items():
+        found, others = unobserved_uses(grad_fns(roots), self.parameters)
+        if others:
+            found |= {
+                name: "it did not require a gradient, or was not there, when the observation began"
+                for name, parameter in self.model.named_parameters()
+                if id(parameter) in others
+            }
+        for name, reason in found.items():
             self.refuse(name, reason)
         self.raise_if_refused()
+
+    def after_backward(self) -> None:
+        """Note what a backward pass has left in `.grad`."""
+        for name, parameter in self.parameters.values():
+            if parameter.grad is not None:
+                self._left[name] = _mark(parameter.grad)
 
     def _settle(self) -> None:
         # Forward passes up to the newest that an earlier backward pass has reached wait no longer.
@@ -329,6 +365,32 @@ class GradientObservation:
     def _zeros(self, forward: Forward) -> Tensor:
         device = next((t.device for t in forward.result().values()), torch.device("cpu"))
         return torch.zeros(forward.batch.samples, device=device)
+
+
+# Those that are active, in any thread.
+_OPEN: weakref.WeakSet[GradientObservation] = weakref.WeakSet()
+
+
+class _Hook:
+    """A hook of an observed module. Nobody observes a copy of the module: there it does nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    """What changes when a gradient is replaced or written to."""
+    return id(gradient), gradient._version
 
 
 def _free(parameter: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.ops import vector_grad
-from pyeff.ops._packed import host_borders, remember_borders
+from pyeff.ops._packed import check_borders, host_borders, remember_borders
 
 # In this order, the input whose first dimension counts the samples of a batch.
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids")
@@ -146,9 +146,10 @@ def batch_of_call(
         return Batch(leading[0], leading)
     borders = host_borders(cu_seqlens, math.prod(leading))
     if kept is not None:
+        check_borders(kept, "kept")
         if kept.shape != borders.shape:
             raise ValueError(f"kept must be borders of {borders.numel() - 1} samples, got shape {tuple(kept.shape)}")
-        kept = host_borders(kept, int(kept[-1]))
+        kept = host_borders(kept, int(kept[-1]), "kept")
     return Batch(borders.numel() - 1, leading, borders, kept)
 
 
@@ -191,9 +192,14 @@ def _first_input(named: Mapping[str, Any]) -> tuple[str, Tensor]:
         value = named.get(name)
         if isinstance(value, Tensor) and value.ndim >= 1:
             return name, value
+    for value in named.values():  # a batch in one argument
+        if isinstance(value, Mapping) and value:
+            return _first_input(value)
+        if isinstance(value, list | tuple) and value:
+            return _first_input({str(place): item for place, item in enumerate(value)})
     raise ValueError(
-        "the observed model was called without a tensor whose dimension 0 counts the samples: say where they lie with "
-        "`segments(cu_seqlens)`, or call it with one of " + ", ".join(_INPUTS)
+        "the observed model was called without a tensor whose dimension 0 counts the samples: hand it the batch as an "
+        "argument, or in a dictionary or tuple"
     )
 
 

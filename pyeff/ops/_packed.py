@@ -63,18 +63,20 @@ def check_borders(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
         raise TypeError(f"{name} must be a tensor of samples + 1 borders, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
-    check_layout(name, cu_seqlens)
+    if not (cu_seqlens.is_meta and cu_seqlens in _READ_BACK):
+        check_layout(name, cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} must be a list of samples + 1 borders, got shape {tuple(cu_seqlens.shape)}")
 
 
-def host_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
+def host_borders(cu_seqlens: Tensor, tokens: int, name: str = "cu_seqlens") -> Tensor:
     """`cu_seqlens` [S+1] as int64 on the CPU, once it is known to cut [0, tokens) into S samples.
 
-    Raises `TypeError` or `ValueError` when it is no such list of borders: integers from 0 to `tokens`, never falling.
+    Raises `TypeError` or `ValueError`, calling it `name`, when it is no such list of borders: integers from 0 to
+    `tokens`, never falling.
     """
-    check_borders(cu_seqlens)
-    return samples_of(cu_seqlens, tokens).borders
+    check_borders(cu_seqlens, name)
+    return samples_of(cu_seqlens, tokens, name).borders
 
 
 def remember_borders(cu_seqlens: Tensor, borders: Tensor) -> None:

@@ -128,7 +128,7 @@ def _on_cpu(inputs: Tensor, grad_outputs: Tensor, borders: Tensor) -> Tensor:
 
 def _together(elements: int, rows: int, *operands: Tensor) -> int:
     """How many samples of one length share a matmul: their tiles fit, and so do copies of 16-bit rows."""
-    columns = max(min(_COPY_COLUMNS, x.shape[1]) for x in operands)
+    columns = max(1, *(min(_COPY_COLUMNS, x.shape[1]) for x in operands))
     copied = operands[0].dtype != torch.float32
     return max(1, min(elements // rows**2, _COPY_BYTES // (8 * columns * rows) if copied else elements))
 

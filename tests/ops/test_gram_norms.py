@@ -235,3 +235,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 32 * 1024, "the Gram matrices alone would be 128 MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_features_have_norm_zero(dtype: torch.dtype) -> None:
+    nothing = torch.zeros(3, 0, dtype=dtype)
+    assert torch.equal(pyeff.gram_norms(nothing, nothing, torch.tensor([0, 2, 3])), torch.zeros(2))
