@@ -17,6 +17,7 @@ from pyeff._lazy import import_at_first_use
 if TYPE_CHECKING:
     from pyeff._info import Explanation, Info, explain, info
     from pyeff.errors import UserError
+    from pyeff.governor import Governor
     from pyeff.memory import AttentionRerunError, Checkpoints, UnsupportedMaskError, checkpoint
     from pyeff.observation import (
         GradientObservation,
@@ -46,6 +47,7 @@ _HOMES = {
     "AttentionRerunError": "pyeff.memory",
     "Checkpoints": "pyeff.memory",
     "EmbeddingGrad": "pyeff.ops",
+    "Governor": "pyeff.governor",
     "GradientObservation": "pyeff.observation",
     "HeadGrad": "pyeff.ops",
     "LinearGrad": "pyeff.ops",
@@ -100,6 +102,7 @@ __all__ = [
     "Checkpoints",
     "EmbeddingGrad",
     "Explanation",
+    "Governor",
     "GradientObservation",
     "HeadGrad",
     "Info",

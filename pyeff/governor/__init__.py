@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyeff.governor.audit import Audit, Outcome, audit_decisions
 from pyeff.governor.belief import Belief, Interval
-from pyeff.governor.budget import UNITS, Budget, Unit, format_amount
+from pyeff.governor.budget import UNITS, Budget, Unit, format_amount, parse_price
 from pyeff.governor.calibration import Conformal
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.control import Advantage, Fading, advantage, estimate_fading, is_control_batch
@@ -27,6 +27,7 @@ from pyeff.governor.flops import Cost, TransformerShape, attention_pairs
 from pyeff.governor.ledger import FIELDS, Ledger, LedgerEntry
 from pyeff.governor.log import DecisionLog, replay
 from pyeff.governor.log import read as read_decisions
+from pyeff.governor.loop import Governor
 from pyeff.governor.observation import (
     Action,
     Arm,
@@ -38,7 +39,7 @@ from pyeff.governor.observation import (
     Selector,
 )
 from pyeff.governor.payback import PayBack, pay_back, refresh_period, square_root_period, worth_of_training
-from pyeff.governor.policy import Governor, UniformPolicy, recompute
+from pyeff.governor.policy import GovernorPolicy, UniformPolicy, recompute
 from pyeff.governor.signals import LocalLevel, PairedGain, clustered_gain, paired_gain
 from pyeff.governor.speculative import Speculation, best_speculation, speculation, tokens_per_pass
 
@@ -108,6 +109,7 @@ __all__ = [
     "Fading",
     "Governor",
     "GovernorConfig",
+    "GovernorPolicy",
     "Interval",
     "Ledger",
     "LedgerEntry",
@@ -144,6 +146,7 @@ __all__ = [
     "next_detector",
     "overlap_drift",
     "paired_gain",
+    "parse_price",
     "pay_back",
     "rank_drift",
     "read_decisions",

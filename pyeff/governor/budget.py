@@ -110,6 +110,36 @@ class Budget:
         return f"{self.amount!r}{_PLAIN[self.unit]}"
 
 
+def parse_price(text: str, budget: Budget) -> float:
+    """Read what a budget must return, in nats per unit of it.
+
+    Args:
+        text: "0.01 per PF", "2e-3 nats per hour", "0.1 per 1M tokens": a loss per amount of the budget's currency; or
+            "0.02 for 10%": what one would give for that much more of this budget.
+        budget: the budget it is about.
+
+    Raises ValueError for text that says neither, a price per another currency, and one that is negative.
+
+    >>> parse_price("0.5 per PF", Budget.parse("30 PF"))
+    5e-16
+    >>> parse_price("0.5 for 10%", Budget.parse("50 s"))
+    0.1
+    """
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*(?:nats?|loss)?\s*(per|for)\s+(.+?)\s*", text)
+    if match is None:
+        raise ValueError(f"cannot read the price {text!r}: expected such as '0.01 per PF' or '0.02 for 10%'")
+    loss, word, amount = float(match[1]), match[2], match[3]
+    if word == "for":
+        share = re.fullmatch(rf"{_NUMBER}\s*%", amount)
+        if share is None or float(share[1]) <= 0:
+            raise ValueError(f"cannot read the price {text!r}: after 'for' comes a share of the budget such as '10%'")
+        return loss / (float(share[1]) / 100 * budget.amount)
+    per = Budget.parse(amount if amount[0].isdigit() or amount[0] == "." else f"1 {amount}")
+    if per.unit != budget.unit:
+        raise ValueError(f"the price {text!r} is per {per.unit}, but the budget {budget} is in {budget.unit}")
+    return loss / per.amount
+
+
 def _check_unit(unit: str) -> None:
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")

@@ -16,12 +16,12 @@ class DecisionLog:
     Opening a log cuts off a last line without its newline: the trace of a process killed while writing it.
 
     >>> import tempfile, os
-    >>> from pyeff.governor import DecisionLog, Governor, Observation
+    >>> from pyeff.governor import DecisionLog, GovernorPolicy, Observation
     >>> path = os.path.join(tempfile.mkdtemp(), "decisions.jsonl")
     >>> check = Observation(step=0, spent=0, budget=100, unit="tokens", anchors_before=(), anchors_now=(2.0, 3.0),
     ...                     spent_before=0, refresh_cost=10, cooldown_cost=20)
     >>> log = DecisionLog(path)
-    >>> log.append(Governor().decide(check))
+    >>> log.append(GovernorPolicy().decide(check))
     >>> [decision.action.value for decision in read(path)], len(log)
     (['CONTINUE'], 1)
     """

@@ -168,6 +168,7 @@ class Observation:
         memory_modes: what MEMORY may choose from.
         advantage: what the control arm measured since the previous check.
         drift: readings of detectors D1 to D4 since the previous check.
+        problem: why this check could not be measured, as words to follow a colon; nothing is then decided on it.
 
     Raises ValueError for amounts that are negative or not finite, an unknown unit, and anchors that do not
     match. Anchor losses may be non-finite: the policy then keeps its course and says so.
@@ -195,6 +196,7 @@ class Observation:
     memory_modes: Sequence[MemoryMode] = ()
     advantage: Advantage | None = None
     drift: Sequence[DriftReading] = ()
+    problem: str | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -266,7 +268,7 @@ class Observation:
 
 
 _OFFERS: dict[str, Any] = {"selectors": Selector, "arms": Arm, "memory_modes": MemoryMode, "drift": DriftReading}
-_OPTIONAL = {*_OFFERS, "clusters", "overhead", "price", "selector", "batch", "advantage"}
+_OPTIONAL = {*_OFFERS, "clusters", "overhead", "price", "selector", "batch", "advantage", "problem"}
 
 
 @dataclass(frozen=True)

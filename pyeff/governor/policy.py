@@ -32,8 +32,8 @@ from pyeff.governor.signals import PairedGain, clustered_gain, paired_gain
 __all__ = [
     "Action",
     "Decision",
-    "Governor",
     "GovernorConfig",
+    "GovernorPolicy",
     "Observation",
     "Policy",
     "UniformPolicy",
@@ -131,7 +131,7 @@ class UniformPolicy:
         self._state = _State.from_dict(state)
 
 
-class Governor:
+class GovernorPolicy:
     """Weigh every way of spending the next part of the budget and take the best.
 
     At each check the governor compares the losses of the same anchor samples with those of the check before,
@@ -360,6 +360,8 @@ def _closed(
         return blocked["CONTINUE"]
     if not observation.loss_finite:
         return "a training loss is not finite"
+    if observation.problem is not None:
+        return observation.problem
     if gain is None:
         return "this run has not shown a usable gain"
     since = [
@@ -461,7 +463,7 @@ def _promise(
 def _gain(config: GovernorConfig, observation: Observation) -> PairedGain | None:
     """Measure the gain since the previous check; None at the first check and when a loss is not finite."""
     losses = (*observation.anchors_before, *observation.anchors_now)
-    if not observation.anchors_before or not all(map(math.isfinite, losses)):
+    if not observation.anchors_before or observation.problem is not None or not all(map(math.isfinite, losses)):
         return None
     if len(set(observation.clusters)) >= 2:
         return clustered_gain(
@@ -569,10 +571,12 @@ def _blocked(
     refresh = _refresh_keys(observation)
     if state.cooling:
         return dict.fromkeys(("CONTINUE", *refresh), "the cooldown has begun")
-    if not observation.loss_finite:
-        return dict.fromkeys((*refresh, "COOLDOWN"), "a training loss is not finite")
     if _cooldown_due(observation, config):
         return dict.fromkeys(("CONTINUE", *refresh), _DUE)
+    if not observation.loss_finite:
+        return dict.fromkeys((*refresh, "COOLDOWN"), "a training loss is not finite")
+    if observation.problem is not None:
+        return dict.fromkeys((*refresh, "COOLDOWN"), observation.problem)
     if observation.anchors_before and gain is None:
         return dict.fromkeys((*refresh, "COOLDOWN"), "an anchor loss is not finite")
     warmup = config.warmup * observation.budget

@@ -32,7 +32,7 @@ from pyeff.data import DataOrder, PackedBatch, label_positions
 from pyeff.errors import UserError
 from pyeff.governor import Ledger, paired_gain
 from pyeff.governor.log import DecisionLog
-from pyeff.governor.policy import Action, Governor, Observation, UniformPolicy
+from pyeff.governor.policy import Action, GovernorPolicy, Observation, UniformPolicy
 from pyeff.scoring import PoolScores, cosine_similarity
 from pyeff.selection import Selection, select
 from pyeff.train import checkpoint as checkpoints
@@ -115,7 +115,7 @@ class _Run:
         self.model, self.task, self.parameters = job.model, job.task, job.parameters
         self.optimizer, self.ema = job.optimizer, job.ema
         self.order = DataOrder(len(job.task.pool), job.config.seed, lengths=job.task.pool.lengths)
-        self.policy = (Governor if job.config.policy == "governor" else UniformPolicy)(job.config.governor_config)
+        self.policy = (GovernorPolicy if job.config.policy == "governor" else UniformPolicy)(job.config.governor_config)
         self.state = State()
         self.observers = tuple(observers)
 

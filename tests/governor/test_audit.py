@@ -11,7 +11,15 @@ import time
 
 import pytest
 
-from pyeff.governor import DecisionLog, Governor, GovernorConfig, Observation, audit_decisions, read_decisions, replay
+from pyeff.governor import (
+    DecisionLog,
+    GovernorConfig,
+    GovernorPolicy,
+    Observation,
+    audit_decisions,
+    read_decisions,
+    replay,
+)
 
 
 def run(policy, *, checks=60, noise=0.01, seed=0, scatter=0.2, anchors=64):
@@ -52,7 +60,7 @@ CONFIG = GovernorConfig(check_every=80 / 60 / 100, warmup=0.0)
 def test_calibrated_promises_cover_what_was_realised_about_as_often_as_they_say():
     judged = covered = 0
     for seed in range(6):
-        found = audit_decisions(run(Governor(CONFIG), seed=seed))
+        found = audit_decisions(run(GovernorPolicy(CONFIG), seed=seed))
         judged += found.judged
         covered += round(found.coverage * found.judged)
         assert found.judged >= 40
@@ -62,7 +70,7 @@ def test_calibrated_promises_cover_what_was_realised_about_as_often_as_they_say(
 
 
 def test_an_audit_pairs_each_promise_with_the_gain_that_followed():
-    decisions = run(Governor(CONFIG), checks=12)
+    decisions = run(GovernorPolicy(CONFIG), checks=12)
     found = audit_decisions(decisions)
     assert len(found.outcomes) + found.unjudged == len(decisions)
     by_step = {outcome.step: outcome for outcome in found.outcomes}
@@ -75,22 +83,22 @@ def test_an_audit_pairs_each_promise_with_the_gain_that_followed():
 
 def test_long_runs_replay_bit_for_bit_with_laws_filter_and_calibration(tmp_path):
     log = DecisionLog(tmp_path / "decisions.jsonl")
-    for decision in run(Governor(CONFIG), checks=30):
+    for decision in run(GovernorPolicy(CONFIG), checks=30):
         log.append(decision)
     assert all(logged == again for logged, again in replay(log.path))
     assert read_decisions(log.path)[-1].inputs["state"]["forecaster"]["calibration"]["scores"]
 
 
 def test_a_governor_resumed_in_the_middle_makes_the_same_promises(tmp_path):
-    whole = run(Governor(CONFIG), checks=30)
-    resumed = Governor(CONFIG)
+    whole = run(GovernorPolicy(CONFIG), checks=30)
+    resumed = GovernorPolicy(CONFIG)
     resumed.load_state_dict(json.loads(json.dumps(whole[20].inputs["state"])))
     assert resumed.decide(Observation.from_dict(whole[20].inputs["observation"])) == whole[20]
 
 
 def test_a_decision_takes_less_than_five_milliseconds():
-    decisions = run(Governor(CONFIG), checks=55, anchors=128)
-    governor, times = Governor(CONFIG), []
+    decisions = run(GovernorPolicy(CONFIG), checks=55, anchors=128)
+    governor, times = GovernorPolicy(CONFIG), []
     governor.load_state_dict(decisions[-1].inputs["state"])
     state = decisions[-1].inputs["state"]
     observation = Observation.from_dict(decisions[-1].inputs["observation"])
@@ -104,7 +112,7 @@ def test_a_decision_takes_less_than_five_milliseconds():
 
 def test_a_log_of_another_version_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "decisions.jsonl"
-    decision = run(Governor(CONFIG), checks=1)[0]
+    decision = run(GovernorPolicy(CONFIG), checks=1)[0]
     old = {name: value for name, value in decision.inputs.items() if name != "version"}
     DecisionLog(path).append(dataclasses.replace(decision, inputs=old))
     with pytest.raises(ValueError, match=r"line 1, cannot be replayed: it was written by another version of pyeff"):
@@ -114,7 +122,7 @@ def test_a_log_of_another_version_is_refused_in_one_sentence(tmp_path):
 @pytest.fixture
 def logged(tmp_path):
     log = DecisionLog(tmp_path / "decisions.jsonl")
-    for decision in run(Governor(CONFIG), checks=20):
+    for decision in run(GovernorPolicy(CONFIG), checks=20):
         log.append(decision)
     return tmp_path
 

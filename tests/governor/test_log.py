@@ -7,7 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyeff.governor import DecisionLog, Governor, GovernorConfig, Observation, UniformPolicy, read_decisions, replay
+from pyeff.governor import (
+    DecisionLog,
+    GovernorConfig,
+    GovernorPolicy,
+    Observation,
+    UniformPolicy,
+    read_decisions,
+    replay,
+)
 
 LOSS = st.floats(-10, 10) | st.just(math.nan) | st.just(math.inf)
 ANY_LOSSES = st.lists(LOSS, min_size=4, max_size=4)
@@ -57,7 +65,11 @@ def decide_all(policy, checks):
 
 
 def policies():
-    return [Governor(), UniformPolicy(), Governor(GovernorConfig(response_checks=1, min_dwell=1, warmup=0.0))]
+    return [
+        GovernorPolicy(),
+        UniformPolicy(),
+        GovernorPolicy(GovernorConfig(response_checks=1, min_dwell=1, warmup=0.0)),
+    ]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -87,7 +99,7 @@ def a_decision(step=3):
         refresh_cost=5,
         cooldown_cost=20,
     )
-    return Governor().decide(observation)
+    return GovernorPolicy().decide(observation)
 
 
 def test_a_changed_line_no_longer_replays(tmp_path):

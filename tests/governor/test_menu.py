@@ -16,8 +16,8 @@ from pyeff.governor import (
     Arm,
     BatchSize,
     DriftReading,
-    Governor,
     GovernorConfig,
+    GovernorPolicy,
     MemoryMode,
     Observation,
     Selector,
@@ -65,11 +65,11 @@ def course(policy, checks, **offers):
 
 
 def test_what_is_not_offered_is_not_weighed():
-    assert set(Governor().decide(observe()).values) == {"CONTINUE", "REFRESH", "COOLDOWN"}
+    assert set(GovernorPolicy().decide(observe()).values) == {"CONTINUE", "REFRESH", "COOLDOWN"}
 
 
 def test_a_better_arm_is_taken_and_its_worth_is_the_training_it_saves():
-    decision = Governor(QUICK).decide(observe(arms=[Arm("code", 1.5, 0.1, switch_cost=2.0)]))
+    decision = GovernorPolicy(QUICK).decide(observe(arms=[Arm("code", 1.5, 0.1, switch_cost=2.0)]))
     assert (decision.action, decision.argument) == (Action.SWITCH, "code")
     assert decision.values["SWITCH(code)"] == pytest.approx(1.5 * 58 - 60)
     assert "Switch to code" in decision.reason
@@ -77,26 +77,26 @@ def test_a_better_arm_is_taken_and_its_worth_is_the_training_it_saves():
 
 @pytest.mark.parametrize("arm", [Arm("same", 1.05, 0.01), Arm("unsure", 1.5, 0.6), Arm("worse", 0.8, 0.01)])
 def test_an_arm_within_the_deadband_or_its_error_is_left_alone(arm):
-    decision = Governor(QUICK).decide(observe(arms=[arm]))
+    decision = GovernorPolicy(QUICK).decide(observe(arms=[arm]))
     assert decision.action is Action.CONTINUE
     assert "deadband" in decision.blocked[f"SWITCH({arm.name})"]
 
 
 def test_a_change_must_be_best_on_as_many_checks_as_the_window_asks():
     config = dataclasses.replace(QUICK, window=3)
-    actions = [decision.action for decision in course(Governor(config), 3, arms=[Arm("code", 1.5, 0.1)])]
+    actions = [decision.action for decision in course(GovernorPolicy(config), 3, arms=[Arm("code", 1.5, 0.1)])]
     assert actions == [Action.CONTINUE, Action.CONTINUE, Action.SWITCH]
 
 
 def test_a_recommendation_that_alternates_is_never_followed():
-    governor = Governor(dataclasses.replace(QUICK, window=2))
+    governor = GovernorPolicy(dataclasses.replace(QUICK, window=2))
     for index in range(6):
         arms = [Arm("a", 1.5 if index % 2 else 1.3, 0.05), Arm("b", 1.3 if index % 2 else 1.5, 0.05)]
         assert governor.decide(observe(arms=arms)).action is Action.CONTINUE
 
 
 def test_after_a_change_every_other_one_waits_out_the_dwell():
-    governor = Governor(GovernorConfig(window=1, min_dwell=3, warmup=0.0))
+    governor = GovernorPolicy(GovernorConfig(window=1, min_dwell=3, warmup=0.0))
     offers = {"arms": [Arm("code", 1.5, 0.1)], "memory_modes": [MemoryMode("plain", 0.75)], "refresh_cost": 1.0}
     offers["refresh_cost"] = 90.0
     actions = [decision.action for decision in course(governor, 5, **offers)]
@@ -108,7 +108,7 @@ def test_after_a_change_every_other_one_waits_out_the_dwell():
 def test_a_probe_is_worth_what_it_may_reveal_and_nothing_where_all_is_known():
     def value(**arm):
         offered = Arm("code", **{"ratio": 1.0, "standard_error": 0.5, "probe_cost": 2.0} | arm)
-        return Governor(QUICK).decide(observe(arms=[offered])).values["PROBE(code)"]
+        return GovernorPolicy(QUICK).decide(observe(arms=[offered])).values["PROBE(code)"]
 
     assert value() > 0
     assert value(standard_error=0.001) < 0
@@ -123,8 +123,8 @@ def test_a_probe_is_worth_what_it_may_reveal_and_nothing_where_all_is_known():
 def test_the_overhead_cap_is_kept():
     config = dataclasses.replace(QUICK, overhead_cap=0.05)
     arms = [Arm("code", 1.0, 0.5, probe_cost=2.0)]
-    assert Governor(config).decide(observe(arms=arms, overhead=2.9)).action is Action.PROBE
-    decision = Governor(config).decide(observe(arms=arms, overhead=3.1, refresh_cost=2.0))
+    assert GovernorPolicy(config).decide(observe(arms=arms, overhead=2.9)).action is Action.PROBE
+    decision = GovernorPolicy(config).decide(observe(arms=arms, overhead=3.1, refresh_cost=2.0))
     assert decision.action is Action.CONTINUE
     assert "exceed the cap of 5% of the budget" in decision.blocked["PROBE(code)"]
     assert "exceed the cap" in decision.blocked["REFRESH"]
@@ -136,7 +136,7 @@ def batch(size, noise, **options):
 
 def test_the_batch_follows_the_noise_scale_only_where_both_bounds_agree():
     def decide(given):
-        return Governor(QUICK).decide(observe(batch=given))
+        return GovernorPolicy(QUICK).decide(observe(batch=given))
 
     grown = decide(batch(8, 100, doubled_rate=1.8))
     assert (grown.action, grown.argument) == (Action.BATCH, "x2")
@@ -150,21 +150,23 @@ def test_the_batch_follows_the_noise_scale_only_where_both_bounds_agree():
 
 
 def test_a_cheaper_memory_mode_is_taken_only_where_it_fits():
-    decision = Governor(QUICK).decide(observe(memory_modes=[MemoryMode("plain", 0.75), MemoryMode("offload", 3.0)]))
+    decision = GovernorPolicy(QUICK).decide(
+        observe(memory_modes=[MemoryMode("plain", 0.75), MemoryMode("offload", 3.0)])
+    )
     assert (decision.action, decision.argument) == (Action.MEMORY, "plain")
     assert decision.values["MEMORY(plain)"] == pytest.approx(60 / 0.75 - 60)
-    decision = Governor(QUICK).decide(observe(memory_modes=[MemoryMode("plain", 0.75, fits=False)]))
+    decision = GovernorPolicy(QUICK).decide(observe(memory_modes=[MemoryMode("plain", 0.75, fits=False)]))
     assert decision.blocked["MEMORY(plain)"] == "it does not fit in memory"
 
 
 def test_each_selector_is_priced_and_believed_on_its_own():
     selectors = [Selector("cheap", 2.0, gain_ratio=1.6), Selector("dear", 70.0, gain_ratio=3.0)]
-    decision = Governor(QUICK).decide(observe(selectors=selectors))
+    decision = GovernorPolicy(QUICK).decide(observe(selectors=selectors))
     assert (decision.action, decision.argument) == (Action.REFRESH, "cheap")
     assert decision.blocked == {"REFRESH(dear)": "it costs 70 F and 60 F is left before the cooldown"}
     assert "Refresh by cheap: scoring the pool costs 2 F" in decision.reason
     # The one in use has learned from its own run; the other keeps its prior.
-    governor = Governor(QUICK)
+    governor = GovernorPolicy(QUICK)
     course(governor, 3, selectors=selectors)
     used = {"selectors": selectors, "selector": "cheap", "scored_at": 32.0, "refreshes_done": 1}
     governor.decide(observe(spent=35.0, spent_before=30.0, **used))
@@ -175,17 +177,19 @@ def test_each_selector_is_priced_and_believed_on_its_own():
 def test_with_a_detector_required_no_alarm_means_no_second_refresh():
     config = dataclasses.replace(QUICK, require_alarm=True)
     seen = {"refresh_cost": 1.0, "scored_at": 2.0, "refreshes_done": 1}
-    prior = Governor(config)
+    prior = GovernorPolicy(config)
     calm = prior.decide(observe(**seen))
     assert calm.blocked["REFRESH"] == "no drift detector alarms"
     loud = DriftReading("D3", 0.1, 0.05, 0.5, alarm=True)
-    assert Governor(config).decide(observe(drift=[loud], **seen)).action is Action.REFRESH
+    assert GovernorPolicy(config).decide(observe(drift=[loud], **seen)).action is Action.REFRESH
     # An alarm only enables: a refresh that does not pay stays undone.
-    assert Governor(config).decide(observe(drift=[loud], **{**seen, "refresh_cost": 58.0})).action is Action.CONTINUE
+    assert (
+        GovernorPolicy(config).decide(observe(drift=[loud], **{**seen, "refresh_cost": 58.0})).action is Action.CONTINUE
+    )
 
 
 def test_the_control_arm_moves_rho_and_tau():
-    governor = Governor(QUICK)
+    governor = GovernorPolicy(QUICK)
     seen = {"refresh_cost": 1.0, "scored_at": 2.0, "refreshes_done": 1}
     for age in (2.0, 6.0, 10.0, 14.0, 18.0):
         decision = governor.decide(observe(advantage=Advantage(age, 1 + 2 * math.exp(-age / 8), 0.02), **seen))
@@ -194,19 +198,19 @@ def test_the_control_arm_moves_rho_and_tau():
 
 
 def test_a_paid_budget_is_trained_to_its_end_and_a_price_ends_a_run_that_does_not_return_it():
-    free = course(Governor(QUICK), 12)
+    free = course(GovernorPolicy(QUICK), 12)
     assert all(decision.action is Action.CONTINUE for decision in free)
-    dear = course(Governor(QUICK), 12, price=10.0)
+    dear = course(GovernorPolicy(QUICK), 12, price=10.0)
     first = next(i for i, decision in enumerate(dear) if decision.action is Action.COOLDOWN)
     assert first == QUICK.stop_checks - 1
     assert "returned less than its price" in dear[first].reason
     assert all(decision.action is Action.COOLDOWN for decision in dear[first:])
-    cheap = course(Governor(QUICK), 12, price=1e-9)
+    cheap = course(GovernorPolicy(QUICK), 12, price=1e-9)
     assert all(decision.action is Action.CONTINUE for decision in cheap)
 
 
 def test_nothing_is_stopped_for_its_price_before_a_gain_was_measured():
-    assert Governor(QUICK).decide(observe(anchors_before=(), price=1e9)).action is Action.CONTINUE
+    assert GovernorPolicy(QUICK).decide(observe(anchors_before=(), price=1e9)).action is Action.CONTINUE
 
 
 @pytest.mark.parametrize("broken", [{"loss_finite": False}, {"anchors_now": (math.nan, 1.0, 1.0, 1.0)}])
@@ -217,14 +221,14 @@ def test_on_a_loss_that_is_not_finite_nothing_is_changed(broken):
         "batch": batch(1000, 10),
         "price": 1e9,
     }
-    assert Governor(QUICK).decide(observe(**offers, **broken)).action is Action.CONTINUE
+    assert GovernorPolicy(QUICK).decide(observe(**offers, **broken)).action is Action.CONTINUE
 
 
 def test_pieces_of_one_document_widen_the_gains_interval():
     fine = observe(anchors_before=(2.0, 2.1, 4.0, 4.1), anchors_now=(1.9, 2.0, 3.6, 3.7))
     coarse = dataclasses.replace(fine, clusters=(0, 0, 1, 1))
-    narrow = Governor().decide(fine).estimates["gain"]
-    wide = Governor().decide(coarse).estimates["gain"]
+    narrow = GovernorPolicy().decide(fine).estimates["gain"]
+    wide = GovernorPolicy().decide(coarse).estimates["gain"]
     assert wide["n"] == 2
     assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
 
@@ -257,7 +261,7 @@ OFFERS = st.fixed_dictionaries(
 @given(offers=OFFERS, cap=st.none() | st.floats(0.01, 0.2), window=st.integers(1, 3))
 def test_any_offers_give_one_open_action_within_the_cap_that_replays_from_json(offers, cap, window):
     config = GovernorConfig(overhead_cap=cap, window=window, min_dwell=2, warmup=0.0)
-    for decision in course(Governor(config), 5, **offers):
+    for decision in course(GovernorPolicy(config), 5, **offers):
         assert decision.key not in decision.blocked
         assert decision.chosen == max(v for key, v in decision.values.items() if key not in decision.blocked)
         if cap is not None and decision.action in (Action.PROBE, Action.REFRESH):

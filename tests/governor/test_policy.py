@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyeff.governor import Action, Governor, GovernorConfig, Observation, UniformPolicy
+from pyeff.governor import Action, GovernorConfig, GovernorPolicy, Observation, UniformPolicy
 
 BUDGET = 100.0
 
@@ -100,7 +100,7 @@ WORLDS = {
 @settings(max_examples=60, deadline=None)
 @given(**WORLDS)
 def test_every_run_keeps_the_rules(**world):
-    decisions = simulate(Governor(), **world).decisions
+    decisions = simulate(GovernorPolicy(), **world).decisions
     assert [d.action for d in decisions].count(Action.COOLDOWN) == 1
     last_refresh = -math.inf
     for index, decision in enumerate(decisions):
@@ -123,8 +123,8 @@ def test_every_run_keeps_the_rules(**world):
 @settings(max_examples=60, deadline=None)
 @given(**WORLDS, share=st.floats(0, 1))
 def test_a_cheaper_refresh_never_comes_later(share, **world):
-    dear = simulate(Governor(), **world).scored
-    cheap = simulate(Governor(), **{**world, "cost": share * world["cost"]}).scored
+    dear = simulate(GovernorPolicy(), **world).scored
+    cheap = simulate(GovernorPolicy(), **{**world, "cost": share * world["cost"]}).scored
     if dear:
         assert cheap
         assert cheap[0] <= dear[0]
@@ -133,7 +133,7 @@ def test_a_cheaper_refresh_never_comes_later(share, **world):
 @settings(max_examples=20, deadline=None)
 @given(**WORLDS)
 def test_the_same_run_gets_the_same_decisions(**world):
-    assert simulate(Governor(), **world).decisions == simulate(Governor(), **world).decisions
+    assert simulate(GovernorPolicy(), **world).decisions == simulate(GovernorPolicy(), **world).decisions
 
 
 @settings(max_examples=20, deadline=None)
@@ -141,34 +141,34 @@ def test_the_same_run_gets_the_same_decisions(**world):
 def test_a_governor_resumed_from_json_decides_as_the_one_that_went_on(cut, **world):
     class Resumed:
         def __init__(self):
-            self.governor, self.checks = Governor(), 0
+            self.governor, self.checks = GovernorPolicy(), 0
 
         def decide(self, observation):
             if self.checks == cut:
-                saved, self.governor = json.dumps(self.governor.state_dict()), Governor()
+                saved, self.governor = json.dumps(self.governor.state_dict()), GovernorPolicy()
                 self.governor.load_state_dict(json.loads(saved))
             self.checks += 1
             return self.governor.decide(observation)
 
-    assert simulate(Resumed(), **world).decisions == simulate(Governor(), **world).decisions
+    assert simulate(Resumed(), **world).decisions == simulate(GovernorPolicy(), **world).decisions
 
 
 def test_selecting_beats_uniform_where_selection_helps_and_is_cheap():
     for seed in range(5):
-        selected = simulate(Governor(), true_ratio=3.0, cost=0.05, seed=seed)
+        selected = simulate(GovernorPolicy(), true_ratio=3.0, cost=0.05, seed=seed)
         assert selected.trained > simulate(UniformPolicy(), seed=seed).trained == pytest.approx(BUDGET)
 
 
 def test_where_selection_is_useless_the_governor_believes_less_in_it_and_loses_at_most_what_it_paid():
     for seed in range(5):
-        outcome = simulate(Governor(), true_ratio=1.0, cost=0.1, seed=seed)
+        outcome = simulate(GovernorPolicy(), true_ratio=1.0, cost=0.1, seed=seed)
         assert outcome.trained == pytest.approx(BUDGET - 10.0 * len(outcome.scored))
         assert outcome.decisions[-1].estimates["gain_ratio"] < GovernorConfig().prior_gain_ratio
 
 
 def test_a_better_selector_is_believed_in_more():
     believed = [
-        simulate(Governor(), true_ratio=ratio, cost=0.1).decisions[-1].estimates["gain_ratio"]
+        simulate(GovernorPolicy(), true_ratio=ratio, cost=0.1).decisions[-1].estimates["gain_ratio"]
         for ratio in (0.5, 1, 2, 6)
     ]
     assert believed == sorted(believed)
@@ -176,19 +176,19 @@ def test_a_better_selector_is_believed_in_more():
 
 def test_a_scoring_that_costs_more_than_is_left_is_never_bought_however_good():
     config = GovernorConfig(prior_gain_ratio=16.0, prior_decay=100.0)
-    assert simulate(Governor(config), true_ratio=16.0, cost=0.8).scored == []
+    assert simulate(GovernorPolicy(config), true_ratio=16.0, cost=0.8).scored == []
 
 
 def test_scores_that_fade_faster_are_renewed_more_often():
     def refreshes(decay):
         config = GovernorConfig(prior_decay=decay)
-        return len(simulate(Governor(config), cost=0.02, decay=decay, true_ratio=2.0).scored)
+        return len(simulate(GovernorPolicy(config), cost=0.02, decay=decay, true_ratio=2.0).scored)
 
     assert refreshes(0.1) > refreshes(10.0) == 1
 
 
 def test_overfitting_ends_a_run_early():
-    early = simulate(Governor(), worse_after=0.3, true_ratio=1.0, cost=0.5)
+    early = simulate(GovernorPolicy(), worse_after=0.3, true_ratio=1.0, cost=0.5)
     spent = [decision.inputs["observation"]["spent"] for decision in early.decisions]
     # Three intervals after the turn, one more for the check that straddles it.
     assert 0.45 * BUDGET <= spent[-1] <= 0.5 * BUDGET
@@ -198,30 +198,30 @@ def test_overfitting_ends_a_run_early():
 
 def test_noise_alone_does_not_end_a_run():
     for seed in range(20):
-        flat = simulate(Governor(), gain=0.0, true_ratio=1.0, cost=0.9, seed=seed)
+        flat = simulate(GovernorPolicy(), gain=0.0, true_ratio=1.0, cost=0.9, seed=seed)
         assert flat.decisions[-1].inputs["observation"]["spent"] == pytest.approx(0.8 * BUDGET)
 
 
 def test_the_first_check_never_scores_an_untrained_model():
     for first in ({"step": 0, "spent": 0.0, "spent_before": 0.0}, {"anchors_before": ()}):
-        decision = Governor().decide(observe(refresh_cost=0.001, **first))
+        decision = GovernorPolicy().decide(observe(refresh_cost=0.001, **first))
         assert decision.action is Action.CONTINUE
         assert "REFRESH" in decision.blocked
 
 
 def test_the_warm_up_is_waited_for():
-    governor = Governor(GovernorConfig(warmup=0.2))
+    governor = GovernorPolicy(GovernorConfig(warmup=0.2))
     assert "warm-up" in governor.decide(observe(spent=19.0)).blocked["REFRESH"]
     assert governor.decide(observe(spent=20.0)).action is Action.REFRESH
 
 
 def test_a_scoring_that_cannot_be_afforded_is_refused_in_those_words():
-    decision = Governor().decide(observe(refresh_cost=70.0))
+    decision = GovernorPolicy().decide(observe(refresh_cost=70.0))
     assert decision.blocked == {"REFRESH": "it costs 70 F and 70 F is left before the cooldown"}
 
 
 def test_an_affordable_refresh_is_taken_and_explained():
-    decision = Governor().decide(observe())
+    decision = GovernorPolicy().decide(observe())
     assert decision.action is Action.REFRESH
     assert decision.reason == (
         "Refresh: scoring the pool costs 5 F and should return 36.4 F in the 70 F left before the cooldown "
@@ -232,8 +232,8 @@ def test_an_affordable_refresh_is_taken_and_explained():
 def test_the_deadband_refuses_what_barely_pays():
     # (rho - 1) tau (1 - e^(-(B - S) / tau)) between S and 1.1 S.
     barely = observe(refresh_cost=27.0)
-    assert Governor(GovernorConfig(deadband=0.0)).decide(barely).action is Action.REFRESH
-    decision = Governor().decide(barely)
+    assert GovernorPolicy(GovernorConfig(deadband=0.0)).decide(barely).action is Action.REFRESH
+    decision = GovernorPolicy().decide(barely)
     assert decision.action is Action.CONTINUE
     assert "not 10% more" in decision.reason
 
@@ -242,14 +242,14 @@ def test_the_deadband_refuses_what_barely_pays():
     "broken", [{"loss_finite": False}, {"anchors_now": (1.0, math.nan, 1.0, 1.0)}, {"anchors_before": (math.inf,) * 4}]
 )
 def test_when_a_loss_is_not_finite_the_schedule_is_kept(broken):
-    decision = Governor().decide(observe(**broken))
+    decision = GovernorPolicy().decide(observe(**broken))
     assert decision.action is Action.CONTINUE
     assert "not finite" in decision.reason
     json.dumps(decision.to_dict(), allow_nan=False)
 
 
 def test_the_reserve_is_kept_even_when_the_anchors_cannot_be_read():
-    decision = Governor().decide(observe(spent=78.0, anchors_now=(math.nan,) * 4))
+    decision = GovernorPolicy().decide(observe(spent=78.0, anchors_now=(math.nan,) * 4))
     assert decision.action is Action.COOLDOWN
 
 
@@ -257,12 +257,12 @@ def test_the_reserve_is_kept_even_when_the_anchors_cannot_be_read():
 def test_the_cooldown_begins_before_its_reserve_is_touched(spent, reserve):
     observation = observe(spent=spent, spent_before=0.0, cooldown_cost=reserve)
     due = BUDGET - spent - reserve < 0.05 * BUDGET
-    for policy in (Governor(), UniformPolicy()):
+    for policy in (GovernorPolicy(), UniformPolicy()):
         assert (policy.decide(observation).action is Action.COOLDOWN) == due
 
 
 def test_once_annealing_always_annealing():
-    governor = Governor()
+    governor = GovernorPolicy()
     assert governor.decide(observe(spent=79.0)).action is Action.COOLDOWN
     assert governor.decide(observe(spent=85.0, cooldown_cost=0.0)).action is Action.COOLDOWN
 
@@ -277,7 +277,7 @@ def test_uniform_never_selects_and_anneals_when_the_governor_would(**world):
 
 
 def test_the_cost_of_scoring_is_not_taken_for_slow_learning():
-    governor = Governor()
+    governor = GovernorPolicy()
     governor.decide(observe(spent=5.0, spent_before=0.0, step=5))
     decision = governor.decide(observe(spent=30.0, spent_before=5.0, scored_at=25.0, refreshes_done=1))
     assert decision.estimates["gain_rate"] == pytest.approx(0.175 / 5)
@@ -285,14 +285,14 @@ def test_the_cost_of_scoring_is_not_taken_for_slow_learning():
 
 
 def test_contradictions_are_refused():
-    governor = Governor()
+    governor = GovernorPolicy()
     governor.decide(observe(refreshes_done=1, scored_at=6.0))
     with pytest.raises(ValueError, match="refreshes_done must not fall: 1 were seen, got 0"):
         governor.decide(observe())
     with pytest.raises(ValueError, match="scored_at must be given"):
-        Governor().decide(observe(refreshes_done=1))
+        GovernorPolicy().decide(observe(refreshes_done=1))
     with pytest.raises(ValueError, match="state must have"):
-        Governor().load_state_dict({})
+        GovernorPolicy().load_state_dict({})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,327 @@
+"""The governor in a loop of your own: count, check when due, decide, anneal, and end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyeff.governor.budget import Budget, parse_price
+from pyeff.governor.config import GovernorConfig
+from pyeff.governor.control import Advantage
+from pyeff.governor.drift import DriftReading
+from pyeff.governor.ledger import Ledger
+from pyeff.governor.log import DecisionLog
+from pyeff.governor.observation import Action, Arm, BatchSize, Decision, MemoryMode, Observation, Selector
+from pyeff.governor.policy import GovernorPolicy
+
+_OVERHEAD = ("eval", "score", "probe")
+_VERSION = 1
+
+
+class Governor:
+    """Spend a budget in any training loop.
+
+    After every optimizer step tell it what the step cost (:meth:`step`). Every ``check_every`` of the budget it
+    evaluates the anchors and returns a :class:`Decision`; otherwise None. Do what the decision asks, multiply the
+    learning rate by :attr:`lr_factor`, and end when :attr:`done`.
+
+    >>> losses = iter([[2.0 - 0.1 * i, 3.0 - 0.2 * i] for i in range(40)])
+    >>> governor = Governor("1000 tokens", anchors=lambda: next(losses))
+    >>> while not governor.done:
+    ...     loss = 1.0  # one optimizer step at your learning rate times governor.lr_factor
+    ...     decision = governor.step(tokens=10, loss=loss)
+    >>> governor.steps, governor.ledger.spent("tokens")
+    (100, 1000.0)
+
+    Args:
+        budget: such as "4e13F", "30m" or "1M tokens", or a :class:`Budget`.
+        anchors: returns the losses of the same held-out samples in the same order, best under averaged weights.
+        price: what must be returned for going on, in nats: a number per unit of the budget, or text such as
+            "0.01 per PF" or "0.02 for 10%" (what one would give for a tenth more budget). None: the budget is paid for
+            and is spent whole.
+        flops_per_token: of a training step; needed for a FLOP budget unless each :meth:`step` says its own.
+        anchor_flops: of one evaluation of the anchors.
+        selectors: what REFRESH may run, each with its cost in the budget's unit; empty: REFRESH is never asked for.
+        clusters: the document of each anchor, where several come from one.
+        cooldown: share of the budget that the anneal takes.
+        config: settings; by default those of :class:`GovernorConfig` with ``overhead_cap`` 5 %.
+        log: path of ``decisions.jsonl``; None keeps no log.
+        anchor_ids: names of the anchors' samples, and ``holdout_ids`` of those a result is reported on: they must
+            not overlap, or the governor is judged by what it steers by.
+        holdout_ids: see ``anchor_ids``.
+        clock: seconds from any start; replaced in tests.
+
+    A check that cannot be measured (a clock that ran backwards, anchors that changed in number, a loss that is not
+    finite) decides nothing: the schedule goes on and the reason is in the log. What ``anchors`` raises is yours and
+    is passed on.
+
+    Raises ValueError for a budget smaller than its reserve, anchors in the holdout, and settings out of range. Cost: a
+    decision takes a few milliseconds, beside the anchors' evaluation.
+    """
+
+    def __init__(
+        self,
+        budget: str | Budget,
+        *,
+        anchors: Callable[[], Sequence[float]],
+        price: float | str | None = None,
+        flops_per_token: float | None = None,
+        anchor_flops: float = 0.0,
+        selectors: Sequence[Selector] = (),
+        clusters: Sequence[int] = (),
+        cooldown: float = 0.2,
+        config: GovernorConfig | None = None,
+        log: str | Path | None = None,
+        anchor_ids: Iterable[Hashable] = (),
+        holdout_ids: Iterable[Hashable] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
+        if not callable(anchors):
+            raise TypeError(f"anchors must be a function that returns losses, got {type(anchors).__name__}")
+        if not 0 <= cooldown < 1:
+            raise ValueError(f"cooldown must be at least 0 and below 1, got {cooldown!r}")
+        if both := set(anchor_ids) & set(holdout_ids):
+            raise ValueError(
+                f"anchor_ids and holdout_ids must not overlap, {len(both)} are in both, such as {next(iter(both))!r}"
+            )
+        self.config = config or GovernorConfig(overhead_cap=0.05)
+        self.price = parse_price(price, self.budget) if isinstance(price, str) else price
+        if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
+            raise ValueError(f"price must be finite and not negative, got {self.price!r}")
+        for name, value in (("anchor_flops", anchor_flops), ("flops_per_token", flops_per_token or 0.0)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+        self.cooldown = cooldown
+        reserve = cooldown * self.budget.amount + (anchor_flops if self.budget.unit == "flops" else 0.0)
+        if reserve >= self.budget.amount:
+            raise ValueError(f"the budget {self.budget} is smaller than the {reserve:.3g} kept for its end")
+        self.ledger = Ledger()
+        self.policy = GovernorPolicy(self.config)
+        self.log = None if log is None else DecisionLog(log)
+        self.steps = 0
+        self._anchors, self._clusters = anchors, tuple(clusters)
+        self._flops_per_token, self._anchor_flops = flops_per_token, anchor_flops
+        self._selectors = tuple(selectors)
+        self._clock = clock
+        self._mark = clock()
+        self._previous: tuple[float, ...] = ()
+        self._previous_at = 0.0
+        self._next_check = self.config.check_every * self.budget.amount
+        self._scored_at: float | None = None
+        self._selector: str | None = None
+        self._refreshes = 0
+        self._cooldown_start: float | None = None
+        self._finite, self._problem = True, ""
+        self._last_price = 0.0
+        self._arms: tuple[Arm, ...] = ()
+        self._batch: BatchSize | None = None
+        self._modes: tuple[MemoryMode, ...] = ()
+        self._advantage: Advantage | None = None
+        self._drift: tuple[DriftReading, ...] = ()
+
+    @property
+    def spent(self) -> float:
+        """Spent so far, in the budget's unit."""
+        return self.ledger.spent(self.budget.unit)
+
+    @property
+    def cooling(self) -> bool:
+        """Whether the anneal has begun."""
+        return self._cooldown_start is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget, or the cooldown that ends it early, has no room for one more step like the last."""
+        return self.steps > 0 and self.spent + self._last_price > self._end
+
+    @property
+    def lr_factor(self) -> float:
+        """What to multiply the learning rate of the next step by: 1, and 1 - sqrt(progress) in the cooldown."""
+        if self._cooldown_start is None or self.cooldown == 0:
+            return 1.0
+        span = self._end - self._cooldown_start
+        # At the middle of the step to come: the last one still moves.
+        done = (self.spent + self._last_price / 2 - self._cooldown_start) / span if span > 0 else 1.0
+        return 1.0 - math.sqrt(min(max(done, 0.0), 1.0))
+
+    def step(
+        self,
+        *,
+        tokens: int = 0,
+        flops: float | None = None,
+        loss: float | None = None,
+        joules: float | None = None,
+    ) -> Decision | None:
+        """Charge one optimizer step, and decide when a check is due.
+
+        Args:
+            tokens: trained on.
+            flops: of the step; None is ``flops_per_token`` x ``tokens``.
+            loss: of the step, if it is at hand: one that is not finite keeps the next check from deciding.
+            joules: of the step.
+
+        Raises ValueError where a FLOP budget cannot be charged for want of ``flops``.
+        """
+        if flops is None:
+            if self._flops_per_token is None and self.budget.unit == "flops":
+                raise ValueError("flops must be given for a budget in FLOPs, here or as flops_per_token")
+            flops = (self._flops_per_token or 0.0) * tokens
+        before = self.spent
+        self.charge("cooldown" if self.cooling else "train", flops=flops, tokens=tokens, joules=joules)
+        self.steps += 1
+        self._last_price = self.spent - before
+        if loss is not None and not math.isfinite(loss):
+            self._finite = False
+        if self.cooling or self.spent < min(self._next_check, self._plateau_end):
+            return None
+        return self._check()
+
+    def charge(self, field: str, *, flops: float = 0.0, tokens: int = 0, joules: float | None = None) -> None:
+        """Charge other work (eval, score, probe) with the seconds since the last charge."""
+        now = self._clock()
+        if now < self._mark:
+            self._problem = "the clock ran backwards"
+        self.ledger.charge(field, flops=flops, seconds=max(now - self._mark, 0.0), tokens=tokens, joules=joules)
+        self._mark = now
+
+    def scored(self, selector: str | None = None, *, flops: float = 0.0, tokens: int = 0) -> None:
+        """Say that the pool was scored and a selection is in use, and charge it. Call it after a REFRESH."""
+        self.charge("score", flops=flops, tokens=tokens)
+        self._scored_at, self._selector = self.spent, selector
+        self._refreshes += 1
+
+    def offer(
+        self,
+        *,
+        arms: Sequence[Arm] | None = None,
+        batch: BatchSize | None = None,
+        memory_modes: Sequence[MemoryMode] | None = None,
+        selectors: Sequence[Selector] | None = None,
+        advantage: Advantage | None = None,
+        drift: Sequence[DriftReading] = (),
+    ) -> None:
+        """Say what else could be done, and what was measured; arguments left out stay as they were.
+
+        ``advantage`` and ``drift`` are measurements and serve the next check only.
+        """
+        if arms is not None:
+            self._arms = tuple(arms)
+        if memory_modes is not None:
+            self._modes = tuple(memory_modes)
+        if selectors is not None:
+            self._selectors = tuple(selectors)
+        self._batch = batch or self._batch
+        self._advantage = advantage or self._advantage
+        self._drift = (*self._drift, *drift)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, JSON-able; with the same loop a governor that loads it goes on as this one would."""
+        return {
+            "version": _VERSION,
+            "budget": str(self.budget),
+            "ledger": self.ledger.state_dict(),
+            "policy": self.policy.state_dict(),
+            "steps": self.steps,
+            "previous": [loss if math.isfinite(loss) else str(loss) for loss in self._previous],
+            "previous_at": self._previous_at,
+            "next_check": self._next_check,
+            "scored_at": self._scored_at,
+            "selector": self._selector,
+            "refreshes": self._refreshes,
+            "cooldown_start": self._cooldown_start,
+            "finite": self._finite,
+            "problem": self._problem,
+            "last_price": self._last_price,
+            "decisions": None if self.log is None else len(self.log),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the state, and cut the log to the decisions it had then. Offers are not part of it.
+
+        Raises ValueError for a state of another version or another budget.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(f"state must be of version {_VERSION}, got {state.get('version')!r}")
+        if state["budget"] != str(self.budget):
+            raise ValueError(f"state belongs to a budget of {state['budget']}, this governor has {self.budget}")
+        self.ledger.load_state_dict(state["ledger"])
+        self.policy.load_state_dict(state["policy"])
+        self.steps = state["steps"]
+        self._previous = tuple(float(loss) for loss in state["previous"])
+        self._previous_at, self._next_check = state["previous_at"], state["next_check"]
+        self._scored_at, self._selector = state["scored_at"], state["selector"]
+        self._refreshes, self._cooldown_start = state["refreshes"], state["cooldown_start"]
+        self._finite, self._problem = state["finite"], state["problem"]
+        self._last_price = state["last_price"]
+        self._mark = self._clock()
+        if self.log is not None and state["decisions"] is not None:
+            self.log.truncate_to(state["decisions"])
+
+    @property
+    def _plateau_end(self) -> float:
+        return self.budget.amount * (1 - self.cooldown)
+
+    @property
+    def _end(self) -> float:
+        if self._cooldown_start is None:
+            return self.budget.amount
+        # Stopped early, the anneal takes the same share of the whole; at the end, what is left.
+        if self._cooldown_start + self.config.check_every * self.budget.amount >= self._plateau_end:
+            return self.budget.amount
+        return self._cooldown_start / (1 - self.cooldown)
+
+    def _check(self) -> Decision:
+        now = tuple(float(loss) for loss in self._anchors())
+        self.charge("eval", flops=self._anchor_flops)
+        self._next_check = self.spent + self.config.check_every * self.budget.amount
+        before = self._previous
+        if len(now) < 2 or (before and len(now) != len(before)):
+            self._problem = f"the anchors were {len(before)} samples and are {len(now)}"
+            before = now = ()
+        clusters = self._clusters if len(self._clusters) == len(now) else ()
+        decision = self.policy.decide(
+            Observation(
+                step=self.steps,
+                spent=self.spent,
+                budget=self.budget.amount,
+                unit=self.budget.unit,
+                anchors_before=before,
+                anchors_now=now,
+                spent_before=self._previous_at,
+                # Without a selector there is nothing to buy, at any price that can be paid.
+                refresh_cost=self.budget.amount,
+                cooldown_cost=self.cooldown * self.budget.amount,
+                scored_at=self._scored_at,
+                refreshes_done=self._refreshes,
+                loss_finite=self._finite,
+                clusters=clusters,
+                overhead=self._overhead(),
+                price=self.price,
+                selectors=self._selectors,
+                selector=self._selector,
+                arms=self._arms,
+                batch=self._batch,
+                memory_modes=self._modes,
+                advantage=self._advantage,
+                drift=self._drift,
+                problem=self._problem or None,
+            )
+        )
+        if self.log is not None:
+            self.log.append(decision)
+        self._previous, self._previous_at = now, self.spent
+        self._finite, self._problem, self._advantage, self._drift = True, "", None, ()
+        if decision.action is Action.COOLDOWN:
+            self._cooldown_start = self.spent
+        return decision
+
+    def _overhead(self) -> float:
+        unit = self.budget.unit
+        if unit == "tokens":  # a token budget is not spent on overhead
+            return 0.0
+        entries = [self.ledger.entry(name) for name in _OVERHEAD]
+        return math.fsum(entry.flops if unit == "flops" else entry.seconds for entry in entries)

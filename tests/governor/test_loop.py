@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+import pyeff
+from pyeff.governor import (
+    Action,
+    Arm,
+    Budget,
+    Governor,
+    GovernorConfig,
+    Selector,
+    parse_price,
+    read_decisions,
+    replay,
+)
+
+
+class Loop:
+    """A model whose loss falls with the logarithm of its steps, trained under a governor."""
+
+    def __init__(self, budget="1000 tokens", **options):
+        self.source = random.Random(0)
+        self.difficulty = [self.source.gauss(2, 0.5) for _ in range(16)]
+        self.useful, self.decisions, self.factors = 0.0, [], []
+        self.pace = 1.0
+        self.governor = Governor(budget, anchors=self.anchors, **options)
+
+    def anchors(self):
+        fallen = 0.4 * math.log1p(self.useful / 5)
+        return [loss - fallen + self.source.gauss(0, 0.01) for loss in self.difficulty]
+
+    def train(self, *, until=math.inf, **step):
+        governor = self.governor
+        while not governor.done and governor.steps < until:
+            self.factors.append(governor.lr_factor)
+            self.useful += self.pace
+            decision = governor.step(**{"tokens": 10, "loss": 1.0} | step)
+            if decision is not None:
+                self.decisions.append(decision)
+                if decision.action is Action.REFRESH:
+                    self.pace *= 2
+                    governor.scored(decision.argument, tokens=500, flops=1000.0)
+        return self
+
+
+def test_a_budget_is_spent_to_its_end_and_no_further_and_the_rate_anneals_to_nearly_zero():
+    loop = Loop().train()
+    assert loop.governor.spent == 1000
+    assert loop.factors[0] == 1.0
+    assert loop.factors[-1] < 0.05
+    assert loop.factors == sorted(loop.factors, reverse=True)
+    assert [decision.action for decision in loop.decisions].count(Action.COOLDOWN) == 1
+    annealed = sum(factor < 1 for factor in loop.factors) / len(loop.factors)
+    assert 0.2 <= annealed <= 0.2 + 0.05 + 0.02  # the share, and at most one check and one step more
+
+
+def test_without_a_selector_none_is_asked_for_and_with_one_it_is_bought_when_it_pays():
+    assert all(decision.action is not Action.REFRESH for decision in Loop().train().decisions)
+    loop = Loop("1e5F", flops_per_token=10.0, selectors=[Selector("cheap", 1000.0)]).train()
+    refreshed = [decision for decision in loop.decisions if decision.action is Action.REFRESH]
+    assert refreshed
+    assert refreshed[0].argument == "cheap"
+    assert loop.governor.ledger.entry("score").flops == 1000 * len(refreshed)
+    assert loop.governor.ledger.overhead() <= 0.05
+    assert loop.governor.spent <= 1e5
+
+
+def test_a_price_ends_a_run_that_no_longer_returns_it():
+    free = Loop().train()
+    priced = Loop(price=0.002).train()
+    assert priced.governor.spent < 0.8 * free.governor.spent
+    assert priced.factors[-1] < 0.1
+    assert "less than its price" in priced.decisions[-1].reason
+    generous = Loop(price="0.0001 for 10%").train()
+    assert generous.governor.spent == free.governor.spent
+
+
+@pytest.mark.parametrize("cut", [1, 37, 83, 95])
+def test_a_resumed_loop_decides_as_one_that_went_on(tmp_path, cut):
+    Loop(log=tmp_path / "whole.jsonl").train()
+    first = Loop(log=tmp_path / "cut.jsonl").train(until=cut)
+    state = json.loads(json.dumps(first.governor.state_dict(), allow_nan=False))
+    model = (first.source.getstate(), first.useful)
+    first.train(until=cut + 9)  # lost
+    second = Loop(log=tmp_path / "cut.jsonl")
+    second.source.setstate(model[0])
+    second.useful = model[1]
+    second.governor.load_state_dict(state)
+    second.train()
+    without_time = [[d.action, d.reason, d.values] for d in read_decisions(tmp_path / "cut.jsonl")]
+    assert without_time == [[d.action, d.reason, d.values] for d in read_decisions(tmp_path / "whole.jsonl")]
+    assert second.governor.ledger.spent("tokens") == 1000
+
+
+def test_the_log_replays(tmp_path):
+    Loop(log=tmp_path / "log.jsonl").train()
+    assert all(logged == again for logged, again in replay(tmp_path / "log.jsonl"))
+
+
+def test_offers_are_weighed_at_the_next_check():
+    loop = Loop(config=GovernorConfig(window=1, min_dwell=1, warmup=0.0))
+    loop.train(until=5)
+    loop.governor.offer(arms=[Arm("code", 2.0, 0.1)])
+    loop.train(until=12)
+    assert (loop.decisions[-1].action, loop.decisions[-1].argument) == (Action.SWITCH, "code")
+
+
+def test_a_clock_that_runs_backwards_decides_nothing_and_ends_nothing():
+    ticks = iter([0.0, *(float(t) for t in range(1, 30)), 5.0, *(float(t) for t in range(6, 500))])
+    loop = Loop("150s", clock=lambda: next(ticks)).train()
+    reasons = [decision.reason for decision in loop.decisions]
+    assert any("the clock ran backwards, so nothing is decided on it" in reason for reason in reasons)
+    assert loop.governor.spent <= 150
+
+
+def test_a_loss_that_is_not_finite_keeps_the_schedule():
+    loop = Loop(selectors=[Selector("cheap", 1.0)]).train(loss=math.nan)
+    assert {decision.action for decision in loop.decisions} == {Action.CONTINUE, Action.COOLDOWN}
+    assert "a training loss is not finite" in loop.decisions[0].reason
+
+
+def test_anchors_that_change_in_number_keep_the_schedule():
+    sizes = iter([4, 4, 3, 4, *([4] * 40)])
+    governor = Governor("1000 tokens", anchors=lambda: [1.0 + 0.1 * i for i in range(next(sizes))])
+    decisions = []
+    while not governor.done:
+        decisions.append(governor.step(tokens=10))
+    reasons = [decision.reason for decision in decisions if decision]
+    assert "the anchors were 4 samples and are 3" in reasons[2]
+    assert governor.spent == 1000
+
+
+def test_a_second_budget_counts_evaluation_and_is_not_overrun_by_more_than_a_step():
+    now = [0.0]
+
+    def anchors():
+        now[0] += 0.5
+        return [2.0 - 0.01 * now[0], 3.0 - 0.01 * now[0]]
+
+    governor = Governor("100s", anchors=anchors, clock=lambda: now[0])
+    while not governor.done:
+        now[0] += 1.0
+        governor.step()
+    assert governor.ledger.entry("eval").seconds > 0
+    assert 98 <= governor.spent <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cooldown": 1.0}, ValueError, "cooldown must be at least 0 and below 1"),
+        ({"budget": "10 F", "anchor_flops": 9.0}, ValueError, "is smaller than the 11 kept for its end"),
+        ({"anchor_ids": [1, 2], "holdout_ids": [2, 3]}, ValueError, "must not overlap, 1 are in both, such as 2"),
+        ({"price": -1.0}, ValueError, "price must be finite and not negative"),
+        ({"price": "cheap"}, ValueError, "cannot read the price 'cheap'"),
+        ({"price": "1 per PF"}, ValueError, "is per flops, but the budget"),
+        ({"anchors": [1.0]}, TypeError, "anchors must be a function"),
+        ({"budget": "soon"}, ValueError, "cannot read the budget"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(options, error, message):
+    with pytest.raises(error, match=message):
+        Governor(**{"budget": "1000 tokens", "anchors": lambda: [1.0, 2.0], **options})
+
+
+def test_a_flop_budget_needs_flops():
+    governor = Governor("1e6F", anchors=lambda: [1.0, 2.0])
+    with pytest.raises(ValueError, match="flops must be given for a budget in FLOPs"):
+        governor.step(tokens=1)
+    assert governor.step(tokens=1, flops=10) is None
+
+
+def test_a_state_of_another_budget_or_version_is_refused():
+    state = Governor("1000 tokens", anchors=lambda: [1.0, 2.0]).state_dict()
+    with pytest.raises(ValueError, match="belongs to a budget of 1k tokens"):
+        Governor("2000 tokens", anchors=lambda: [1.0, 2.0]).load_state_dict(state)
+    with pytest.raises(ValueError, match="state must be of version 1"):
+        Governor("1000 tokens", anchors=lambda: [1.0, 2.0]).load_state_dict({**state, "version": 0})
+
+
+def test_prices_are_read_as_people_write_them():
+    budget = Budget.parse("2 PF")
+    assert parse_price("0.5 per PF", budget) == 0.5 / 1e15
+    assert parse_price("3 nats per 30 TF", budget) == 3 / 30e12
+    assert parse_price("0.01 for 10%", budget) == 0.01 / (0.1 * 2e15)
+    assert parse_price("1 loss per h", Budget.parse("5h")) == 1 / 3600
+    for text in ("-1 per PF", "0.01 for nothing", "0.01 for 0%", "1 per apple"):
+        with pytest.raises(ValueError, match="cannot read"):
+            parse_price(text, budget)
+
+
+def test_the_short_name_is_the_governor():
+    assert pyeff.Governor is Governor
