@@ -411,21 +411,17 @@ def _replace_attention(model: nn.Module, layers: dict[str, nn.Module]) -> list[A
 
     from pyeff.memory.attention_interface import register
 
-    configs: dict[int, Any] = {}
-    for layer in layers.values():
-        for module in layer.modules():
-            config = getattr(module, "config", None)
-            if isinstance(config, PreTrainedConfig):
-                configs[id(config)] = config
+    chosen = {id(layer) for layer in layers.values()}
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and any(m in set(layers.values()) for m in module.modules()):
-            if not module._supports_attention_backend:
-                raise ValueError(
-                    f"{name or type(module).__name__}: the attention of {type(module).__name__} does not go through "
-                    "transformers' AttentionInterface: checkpoint with keep='nothing'"
-                )
-            if id(module.config) not in configs and not configs:
-                configs[id(module.config)] = module.config
+        if not isinstance(module, PreTrainedModel) or module._supports_attention_backend:
+            continue
+        if any(id(inner) in chosen for inner in module.modules()):
+            raise ValueError(
+                f"{name or 'the model'}: the attention of {type(module).__name__} does not go through transformers' "
+                "AttentionInterface: checkpoint with keep='nothing'"
+            )
+    found = (getattr(module, "config", None) for layer in layers.values() for module in layer.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     undo = []
     for config in configs.values():
         original = config._attn_implementation
