@@ -485,16 +485,13 @@ def test_offloading_does_nothing_to_tensors_on_the_cpu():
 def test_offloaded_tensors_come_back_and_leave_the_gpu(dtype: torch.dtype):
     model = model_of("llama", dtype).cuda()
     batch = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in batch_of().items()}
-    with pyeff.checkpoint(model):
-        expected = gradients(model, batch)
-    for _ in range(3):  # pinned memory is used again
-        with pyeff.checkpoint(model, offload=True):
-            assert_same(gradients(model, batch), expected)
-    for compression in ("int8", "fp8"):
-        with pyeff.checkpoint(model, compress=compression):
-            compressed = gradients(model, batch)
-        with pyeff.checkpoint(model, offload=True, compress=compression):
-            assert_same(gradients(model, batch), compressed)
+    with _deterministic():
+        for compression in (None, "int8", "fp8"):
+            with pyeff.checkpoint(model, compress=compression):
+                expected = gradients(model, batch)
+            for _ in range(3):  # pinned memory is used again
+                with pyeff.checkpoint(model, offload=True, compress=compression):
+                    assert_same(gradients(model, batch), expected)
     stack, wide = Stack(4).cuda(), torch.randn(8, 512, 64, device="cuda")
     kept = {}
     for offload in (False, True):
@@ -517,9 +514,10 @@ def test_gradients_on_a_gpu(kind: str, dtype: torch.dtype):
     batch = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in batch_of(kind).items()}
     with _deterministic():
         expected = gradients(with_our_attention(model), batch)
-        with pyeff.checkpoint(model), KernelCalls() as kernels:
+        with pyeff.checkpoint(model) as checkpoints:
             assert_same(gradients(model, batch), expected)
-    assert kernels.counts["pyeff::attention_forward"] == 2
+    for runs in checkpoints.attention_runs.values():
+        assert (runs.forward, runs.rerun, runs.computed) == (1, 1, 1)
 
 
 @contextlib.contextmanager
