@@ -86,6 +86,7 @@ _HOMES = {
 _SUBPACKAGES = (
     "data",
     "governor",
+    "integrations",
     "memory",
     "observation",
     "ops",

@@ -129,6 +129,11 @@ class Governor:
         return self.ledger.spent(self.budget.unit)
 
     @property
+    def has_selectors(self) -> bool:
+        """Whether REFRESH may be asked for."""
+        return bool(self._selectors)
+
+    @property
     def cooling(self) -> bool:
         """Whether the anneal has begun."""
         return self._cooldown_start is not None
@@ -179,6 +184,10 @@ class Governor:
         if self.cooling or self.spent < min(self._next_check, self._plateau_end):
             return None
         return self._check()
+
+    def start_clock(self) -> None:
+        """Count seconds from now on; what came before (loading) is charged to no field."""
+        self._mark = self._clock()
 
     def charge(self, field: str, *, flops: float = 0.0, tokens: int = 0, joules: float | None = None) -> None:
         """Charge other work (eval, score, probe) with the seconds since the last charge."""
