@@ -296,6 +296,56 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     return torch.cat(samples, 2).transpose(1, 2), None
 
 
+def check_share(model: nn.Module, ids: Tensor, scored: Tensor, norm: Tensor, **inputs: Any) -> None:
+    """`norm` is that of the gradient of the loss whose labels are `ids` where `scored` [1 or B, T], of all of them."""
+    labels = ids.masked_fill(~scored, -100)
+    model.zero_grad(set_to_none=True)
+    # The loss is a mean over all labels but the first of each row.
+    loss = model(input_ids=ids, labels=labels, **inputs).loss
+    (loss * ((labels[:, 1:] != -100).sum() / labels[:, 1:].numel())).backward()
+    alone = torch.stack([parameter.grad.float().norm() for parameter in model.parameters()]).norm()
+    torch.testing.assert_close(norm, alone, rtol=16 * torch.finfo(model.dtype).eps, atol=0)
+
+
+@pytest.mark.benchmark(group="linear_grad")
+def test_training_step_of_smollm2(contest: Callable[..., Any], device: str, tiny: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = (
+        {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 2}
+        if tiny
+        else {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    )
+    config = transformers.LlamaConfig(
+        **shape, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, use_cache=False
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    batch, tokens = (2, 8) if tiny else (8, 128)
+    ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    def observed() -> Tensor:
+        with pyeff.observe(model) as seen:
+            step()
+        return seen.grad_norms
+
+    found = observed()
+    assert found.shape == (batch,)
+    for s in (0, batch - 1):
+        check_share(model, ids, torch.arange(batch, device=device)[:, None].expand_as(ids) == s, found[s])
+    contest(
+        "pyeff.observe",
+        {"plain step": step, "pyeff.observe": observed},
+        baseline="plain step",
+        target=1.12 if device == "cpu" else None,
+        flops=6 * ids.numel() * sum(parameter.numel() for parameter in model.parameters()),
+        bound="plain step",
+    )
+
+
 @pytest.mark.benchmark(group="linear_grad")
 def test_training_step_of_a_billion_parameters(contest: Callable[..., Any], device: str, tiny: bool) -> None:
     if device == "cpu" and not tiny:
@@ -338,18 +388,13 @@ def test_training_step_of_a_billion_parameters(contest: Callable[..., Any], devi
             step()
         return seen.grad_norms
 
-    # With all other labels ignored, what is left of the loss has the share of one sample for its gradient.
     found = observed()
     assert found.shape == (len(lengths),)
+    sample = torch.repeat_interleave(torch.tensor(lengths))[None].to(device)
     for s in (0, len(lengths) - 1):
-        first, end = sum(lengths[:s]), sum(lengths[: s + 1])
-        labels = torch.full_like(ids, -100)
-        labels[:, first + 1 : end + 1] = ids[:, first + 1 : end + 1]  # a token's label is the next token
-        model.zero_grad(set_to_none=True)
-        loss = model(input_ids=ids, labels=labels, **packed).loss
-        (loss * ((labels != -100).sum() / (tokens - 1))).backward()
-        alone = torch.stack([parameter.grad.float().norm() for parameter in model.parameters()]).norm()
-        torch.testing.assert_close(found[s], alone, rtol=16 * torch.finfo(model.dtype).eps, atol=0)
+        # A token's label is the next token: the first label of a sample belongs to the last token of the one before.
+        scored = torch.cat([torch.zeros_like(sample[:, :1], dtype=torch.bool), sample[:, :-1] == s], 1)
+        check_share(model, ids, scored, found[s], **packed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     contest(
         "pyeff.observe",
