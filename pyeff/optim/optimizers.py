@@ -28,6 +28,8 @@ class AdamW8bit(Optimizer8bit):
 
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization (2022).
 
+    >>> import torch
+    >>> from pyeff.optim import AdamW8bit
     >>> model = torch.nn.Linear(256, 64)
     >>> optimizer = AdamW8bit(model.parameters(), lr=1e-3)
     >>> model(torch.ones(1, 256)).sum().backward()
@@ -70,6 +72,8 @@ class Adam8bit(Optimizer8bit):
 
     Options and errors as there.
 
+    >>> import torch
+    >>> from pyeff.optim import Adam8bit
     >>> p = torch.nn.Parameter(torch.ones(4))
     >>> p.grad = torch.ones(4)
     >>> Adam8bit([p], lr=0.1).step()
@@ -117,6 +121,8 @@ class Lion8bit(Optimizer8bit):
 
     Chen et al., Symbolic Discovery of Optimization Algorithms (2023).
 
+    >>> import torch
+    >>> from pyeff.optim import Lion8bit
     >>> p = torch.nn.Parameter(torch.ones(4))
     >>> p.grad = torch.tensor([2.0, -0.1, 0.0, 5.0])
     >>> Lion8bit([p], lr=0.5).step()
@@ -161,6 +167,8 @@ class SGD8bit(Optimizer8bit):
 
     torch.optim.SGD's formula and order. momentum: in [0, 1). Other options and errors as those of `AdamW8bit`.
 
+    >>> import torch
+    >>> from pyeff.optim import SGD8bit
     >>> p = torch.nn.Parameter(torch.ones(4))
     >>> p.grad = torch.ones(4)
     >>> SGD8bit([p], lr=0.5).step()
