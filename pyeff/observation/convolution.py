@@ -6,6 +6,7 @@ Memory beyond the plain layer: the unfolded patches of as many samples as fit in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -97,6 +98,8 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
     grad = torch.zeros(groups, outputs, patch, dtype=dtype, device=x.device)
     norms_sq = torch.zeros(use.rows.samples, dtype=dtype, device=x.device)
     most = WORKSPACE_BYTES // max(1, positions * patch * groups * dtype.itemsize)  # images
+    features = use.forward.observation.features
+    sketches, dots = [], []
     begin = 0
     while begin < use.rows.samples:
         end = begin + 1
@@ -104,11 +107,20 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
             end += 1
         images = slice(cuts[begin], cuts[end])
         unfolded = F.unfold(x[images].to(dtype), tuple(shape[2:]), tuple(dilation), tuple(padding), tuple(stride))
+        sample_grads = []
         borders = (torch.tensor(cuts[begin : end + 1]) - cuts[begin]) * positions
         for group in range(groups):
             inputs = unfolded[:, group * patch : (group + 1) * patch].transpose(1, 2).reshape(-1, patch)
             of_group = g[images, group * outputs : (group + 1) * outputs].to(dtype)
             grads = of_group.flatten(2).transpose(1, 2).reshape(-1, outputs)
+            if features is not None:
+                # The cells of a sketch are not the groups of a convolution: form the samples' gradients.
+                spans = itertools.pairwise(borders.tolist())
+                of_samples = torch.stack([grads[i:j].T @ inputs[i:j] for i, j in spans])
+                sample_grads.append(of_samples)
+                grad[group] += of_samples.sum(0)
+                norms_sq[begin:end] += of_samples.square().sum((1, 2))
+                continue
             if not use.forward.observation.gradient:
                 pairs = int(borders.diff().square().sum())
                 norms_sq[begin:end] += weight_norms_sq(inputs, grads, borders, pairs)
@@ -118,8 +130,13 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
             assert result.norms_sq is not None
             grad[group] += result.weight_grad
             norms_sq[begin:end] += result.norms_sq
+        if features is not None:
+            of_sketches, of_dots = features.of_sample_grads(use.name, torch.stack(sample_grads, 1))
+            sketches += [] if of_sketches is None else [of_sketches]
+            dots += [] if of_dots is None else [of_dots]
         begin = end
     use.add_norms_sq(norms_sq)
+    use.add_features(torch.cat(sketches) if sketches else None, torch.cat(dots) if dots else None)
     if not use.forward.observation.gradient:
         return None
     return grad.view(shape).squeeze(2) if len(geometry.stride) == 1 else grad.view(shape)

@@ -78,6 +78,9 @@ class ObservedExperts(torch.autograd.Function):
                 sums = pairs.sum_by_sample(g).view(experts, -1, g.shape[1])
                 if ctx.b_use is not None and ctx.b_use.open:
                     ctx.b_use.add_norms_sq(sums.square().sum((0, 2)))
+                    features = ctx.b_use.forward.observation.features
+                    if features is not None:
+                        ctx.b_use.add_features(*features.of_sample_grads(ctx.b_use.name, sums.transpose(0, 1)))
                 grad_b = sums.sum(1).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None, None
 
@@ -107,16 +110,24 @@ def _weight_grad(
     grad = torch.zeros(shape, dtype=dtype, device=inputs.device)
     norms_sq = torch.zeros(samples, dtype=torch.promote_types(inputs.dtype, torch.float32), device=inputs.device)
     measured = use is not None and use.open
+    features = use.forward.observation.features if use is not None and use.open else None
     for expert, (begin, end) in enumerate(_spans(pairs, experts)):
-        if end == begin:
+        if end == begin and (features is None or features.linear):
             continue
         if measured:
             borders = pairs.host[expert * samples : (expert + 1) * samples + 1] - begin
-            result = linear_grad(inputs[begin:end], outputs[begin:end], borders)
+            options: dict[str, Any] = {}
+            if features is not None and use is not None:
+                reference = features.parameter_reference(use.name)
+                options["reference"] = None if reference is None else reference[expert]
+                options["sketch"] = features.parameter_sketch(use.name, expert)
+            result = linear_grad(inputs[begin:end], outputs[begin:end], borders, **options)
             assert result.weight_grad is not None
             assert result.norms_sq is not None
             grad[expert] = result.weight_grad
             norms_sq += result.norms_sq
+            if use is not None:
+                use.add_features(result.sketches, result.dots)
         else:
             grad[expert] = outputs[begin:end].t() @ inputs[begin:end]
     if use is not None and measured:

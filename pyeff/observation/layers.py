@@ -81,21 +81,36 @@ class ObservedLinear(torch.autograd.Function):
                 rows_x = x.reshape(-1, x.shape[-1])
                 inputs, outputs = (rows_g, rows_x) if ctx.transposed else (rows_x, rows_g)
                 use = ctx.w_use
-                if use is not None and use.open and not use.forward.observation.gradient:
-                    use.add_norms_sq(weight_norms_sq(inputs, outputs, use.rows.borders, use.rows.pairs))
-                    use.add_product(inputs, outputs)
-                elif use is not None and use.open:
-                    result = linear_grad(inputs, outputs, use.rows.borders)
-                    assert result.norms_sq is not None
-                    assert result.weight_grad is not None
-                    use.add_norms_sq(result.norms_sq)
-                    use.add_product(inputs, outputs)
-                    grad_w = result.weight_grad.to(ctx.w_dtype)
+                if use is not None and use.open:
+                    grad_w = _measured_grad(inputs, outputs, use)
+                    grad_w = None if grad_w is None else grad_w.to(ctx.w_dtype)
                 else:
                     grad_w = (outputs.t() @ inputs).to(ctx.w_dtype)
             if ctx.needs_input_grad[2]:
                 grad_b = sum_rows(rows_g, ctx.b_use).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None
+
+
+def _measured_grad(inputs: Tensor, outputs: Tensor, use: Use) -> Tensor | None:
+    """outputs^T inputs, once what is wanted of the samples' shares is noted; None where only these are wanted."""
+    observation = use.forward.observation
+    if observation.features is None and not observation.gradient:
+        use.add_norms_sq(weight_norms_sq(inputs, outputs, use.rows.borders, use.rows.pairs))
+        use.add_product(inputs, outputs)
+        return None
+    reference = sketch = None
+    if observation.features is not None:
+        reference = observation.features.parameter_reference(use.name)
+        sketch = observation.features.parameter_sketch(use.name)
+    # Reference and sketch are of the parameter, of which the layer may have been given the transpose.
+    a, g = (outputs, inputs) if use.transposed else (inputs, outputs)
+    result = linear_grad(a, g, use.rows.borders, weight_grad=observation.gradient, reference=reference, sketch=sketch)
+    assert result.norms_sq is not None
+    use.add_norms_sq(result.norms_sq)
+    use.add_product(inputs, outputs)
+    use.add_features(result.sketches, result.dots)
+    grad = result.weight_grad
+    return grad.t() if grad is not None and use.transposed else grad
 
 
 def weight_norms_sq(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, pairs: int) -> Tensor:
@@ -157,7 +172,17 @@ class ObservedEmbedding(torch.autograd.Function):
             if grad.norms_sq is not None:
                 use.add_norms_sq(grad.norms_sq)
                 use.add_cross_term(rows, ctx.padding_idx)
+                _add_row_features(use, ids.reshape(-1), rows, ctx.padding_idx)
         return grad_w, None, None, None, None
+
+
+def _add_row_features(use: Use, ids: Tensor, rows: Tensor, padding_idx: int) -> None:
+    features = use.forward.observation.features
+    if features is None:
+        return
+    if padding_idx >= 0:
+        rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0.0)
+    use.add_features(*features.of_rows(use.name, ids, rows, use.rows.sample_of_row(), use.rows.samples))
 
 
 def _of_one_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

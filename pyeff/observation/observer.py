@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.observation.experts import observe_experts
+from pyeff.observation.features import Features, Variant, features_of
 from pyeff.observation.graph import grad_fns, unobserved_uses
 from pyeff.observation.interception import Interception
 from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
 from pyeff.observation.recording import Forward
 from pyeff.observation.rows import batch_of_call
+from pyeff.ops.sketch_grads import Sketch
 
 
 class UnobservableError(ValueError):
@@ -31,6 +33,10 @@ def observe(
     strict: bool = True,
     noise_scale: NoiseScale | None = None,
     gradient: bool = True,
+    sketch: Sketch | None = None,
+    reference: Mapping[str, Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    variant: Variant = "adamw",
 ) -> GradientObservation:
     """Watch a model's backward passes for the norm of every sample's share of the gradient.
 
@@ -53,7 +59,7 @@ def observe(
         model: Its forward pass must run inside the context, and so must the backward pass. Activation checkpointing,
             autocast, accumulation and `DistributedDataParallel` work; under the latter, norms are of the rank's samples
             and its own loss.
-        norms: The per-sample norms; there is nothing else to watch for yet.
+        norms: The per-sample norms, which are always there.
         by_parameter: Offer squared norms for each parameter.
         strict: Raise `UnobservableError` before the gradient is computed, listing what cannot be observed exactly. If
             False, such parameters are left out of the norms and named in `unobserved`.
@@ -61,6 +67,13 @@ def observe(
         gradient: Compute the gradient too. If False, `.grad` stays as it is: linear layers and convolutions yield their
             norms by `pyeff.gram_norms` where that takes fewer FLOPs than their gradient, and what other layers form is
             freed at once. For scoring.
+        sketch: Offer `sketches` of the samples' gradients, by the names of `model.named_parameters()` (without the
+            prefix of DistributedDataParallel).
+        reference: Names of parameters and gradients of their shapes: offer the samples' `dots` with them. A parameter
+            that is not named adds nothing.
+        optimizer: torch's Adam or AdamW, having stepped: sketch the direction it would step in after each sample's
+            gradient alone (`pyeff.AdamWDirection`), with the moments as they are on entering.
+        variant: "adamw", or "adamw-frozen" for the linear map by the moments as they are.
 
     Returns:
         A context manager and, inside and after it, the `GradientObservation`.
@@ -94,8 +107,11 @@ def observe(
             raise ValueError("noise_scale needs the gradient: leave gradient=True")
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("gradient=False leaves DistributedDataParallel nothing to reduce: observe model.module")
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    prefix = "module." if isinstance(model, nn.parallel.DistributedDataParallel) else ""
+    features = features_of(named, prefix, sketch, reference, optimizer, variant)
     return GradientObservation(
-        model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale, gradient=gradient
+        model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale, gradient=gradient, features=features
     )
 
 
@@ -110,9 +126,10 @@ class GradientObservation:
         strict: bool,
         noise_scale: NoiseScale | None,
         gradient: bool,
+        features: Features | None = None,
     ) -> None:
         self.model, self._strict, self._smoothed, self.gradient = model, strict, noise_scale, gradient
-        self._by_parameter = by_parameter
+        self._by_parameter, self.features = by_parameter, features
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
         self.unobserved: dict[str, str] = {}
         """Parameter name -> why its share is missing from the norms (only with `strict=False`)."""
@@ -138,6 +155,47 @@ class GradientObservation:
         """
         sums = [functools.reduce(torch.add, f.result().values(), self._zeros(f)) for f in self._finished()]
         return torch.cat(sums).sqrt().float()
+
+    @property
+    def sketches(self) -> Tensor:
+        """The sketch of each sample's gradient, or of the direction AdamW maps it to: [samples, dim], fp32.
+
+        In the order of `grad_norms`. Raises `RuntimeError` unless `observe(..., sketch=...)` asked for it.
+        """
+        if self.features is None or self.features.sketch is None:
+            raise RuntimeError("sketches are formed with observe(model, sketch=pyeff.Sketch(...))")
+        dim = self.features.sketch.dim
+        return torch.cat([self._found(f, f.features()[0], (dim,)) for f in self._finished()]).float()
+
+    @property
+    def dots(self) -> Tensor:
+        """The inner product of each sample's gradient with the reference: [samples], fp32.
+
+        In the order of `grad_norms`. Raises `RuntimeError` unless `observe(..., reference=...)` asked for it.
+        """
+        if self.features is None or self.features.reference is None:
+            raise RuntimeError("dots are formed with observe(model, reference=gradients)")
+        return torch.cat([self._found(f, f.features()[1], ()) for f in self._finished()]).float()
+
+    @property
+    def sketch_header(self) -> dict[str, Any]:
+        """The sketch's header, what was sketched ("gradient", "adamw", "adamw-frozen") and of which parameters."""
+        if self.features is None or self.features.sketch is None:
+            raise RuntimeError("sketches are formed with observe(model, sketch=pyeff.Sketch(...))")
+        names = sorted(self.features.plain(name) for name in self.features.shapes if name not in self.unobserved)
+        return {**self.features.sketch.header, "variant": self.features.variant, "parameters": names}
+
+    def _found(self, forward: Forward, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        return self._zeros(forward).new_zeros(forward.batch.samples, *shape) if found is None else found
+
+    @property
+    def directions(self) -> bool:
+        """Whether gradients are mapped by an optimizer before they are sketched."""
+        return self.features is not None and bool(self.features.directions)
+
+    def size_of(self, name: str) -> int:
+        """How many entries a watched parameter has."""
+        return next(p.numel() for n, p in self.parameters.values() if n == name)
 
     @property
     def by_parameter(self) -> dict[str, Tensor]:

@@ -51,7 +51,10 @@ class Use:
 
     @property
     def shared(self) -> bool:
-        """Whether the forward pass uses the parameter elsewhere too: gradients then add up before they are squared."""
+        """Whether a vector's gradients are kept: the forward pass uses it elsewhere too, so that they add up before
+        they are squared, or they are wanted for more than their norm."""
+        if self.kind == "vector" and self.forward.observation.features is not None:
+            return True
         return any(use is not self for use in self.forward.uses.get(self.name, ()))
 
     def add_vector(self, grad: VectorGrad) -> None:
@@ -64,8 +67,21 @@ class Use:
             return
         assert grad.sample_grads is not None
         gradients = grad.sample_grads * self.scale
+        observation = self.forward.observation
+        if observation.features is not None and gradients.shape[1] != observation.size_of(self.name):
+            observation.refuse(self.name, "a part of it is used, which is not sketched", now=True)
         partial = self.forward.partials.get(self.name)
         self.forward.partials[self.name] = gradients if partial is None else partial + gradients
+
+    def add_features(self, sketches: Tensor | None, dots: Tensor | None) -> None:
+        """Note sketches [S, dim] and dots [S] of the gradient of what the layer was given."""
+        if self.scale != 1.0:
+            if sketches is not None and self.forward.observation.directions:
+                self.forward.observation.refuse(self.name, "a multiple of it is used, and AdamW's map is not linear")
+                return
+            sketches = None if sketches is None else sketches * self.scale
+            dots = None if dots is None else dots * self.scale
+        self.forward.add_features(sketches, dots)
 
     def _begin(self) -> None:
         if self.done:
@@ -126,6 +142,8 @@ class Forward:
         self.uses: dict[str, list[Use]] = {}
         self.partials: dict[str, Tensor] = {}
         self.norms_sq: dict[str, Tensor] = {}
+        self._sketches: Tensor | None = None
+        self._dots: Tensor | None = None
         self.began_backward = False
 
     def contributed(self, name: str) -> None:
@@ -142,6 +160,10 @@ class Forward:
             return
         kinds = sorted(u.kind for u in uses)
         vectors = set(kinds) == {"vector"} and len({u.size for u in uses}) == 1 and use.size > 0
+        features = self.observation.features
+        if kinds == ["embedding", "linear"] and features is not None and not features.linear:
+            reason = "it is embedding and head at once, and AdamW's direction of the sum is not the sum of directions"
+            self.observation.refuse(use.name, reason, now=late)
         if late or not (vectors or kinds == ["embedding", "linear"]):
             self.observation.refuse(
                 use.name, f"it is used {len(uses)} times in one forward pass ({', '.join(kinds)})", now=late
@@ -156,6 +178,27 @@ class Forward:
         norms_sq = norms_sq.to(torch.promote_types(norms_sq.dtype, torch.float32))
         known = self.norms_sq.get(name)
         self.norms_sq[name] = norms_sq if known is None else known + norms_sq
+
+    def add_features(self, sketches: Tensor | None, dots: Tensor | None) -> None:
+        """Add to the sketches [S, dim] and the dots [S] of the samples' gradients."""
+        if sketches is not None:
+            self._sketches = sketches if self._sketches is None else self._sketches + sketches.to(self._sketches.device)
+        if dots is not None:
+            self._dots = dots if self._dots is None else self._dots + dots.to(self._dots.device)
+
+    def features(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sketches [S, dim] and dots [S], those of vectors among them."""
+        features = self.observation.features
+        sketches, dots = self._sketches, self._dots
+        if features is not None:
+            for name, grads in self.partials.items():
+                if name not in self.observation.unobserved:
+                    of_sketches, of_dots = features.of_sample_grads(name, grads)
+                    if of_sketches is not None:
+                        sketches = of_sketches if sketches is None else sketches + of_sketches.to(sketches.device)
+                    if of_dots is not None:
+                        dots = of_dots if dots is None else dots + of_dots.to(dots.device)
+        return sketches, dots
 
     def result(self) -> dict[str, Tensor]:
         """The squared norms [S] by parameter; rounding in a cross term cannot make them negative."""

@@ -82,6 +82,11 @@ class AdamWDirection:
             self.exp_avg[some], self.exp_avg_sq[some], self.step, self.betas, self.eps, frozen=self.frozen
         )
 
+    def taken(self, rows: Tensor) -> AdamWDirection:
+        """That of the rows of a matrix with these indices."""
+        m, v = self.exp_avg[rows], self.exp_avg_sq[rows]
+        return AdamWDirection(m, v, self.step, self.betas, self.eps, frozen=self.frozen)
+
     def viewed(self, rows: int, columns: int) -> AdamWDirection:
         """That of the same parameter as a matrix."""
         m, v = (moment.reshape(rows, columns) for moment in (self.exp_avg, self.exp_avg_sq))

@@ -1,0 +1,168 @@
+"""What `observe` takes from every sample's gradient beside its norm: a sketch, and its dot with a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyeff import reference as _reference
+from pyeff.ops.sketch_grads import AdamWDirection, ParameterSketch, Sketch, matrix_shape
+
+Variant = Literal["adamw", "adamw-frozen"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The sketch and the reference gradient of every watched parameter, by its name; None where not asked for.
+
+    `directions` holds AdamW's moments of each parameter, empty where gradients are sketched as they are.
+    """
+
+    sketch: Sketch | None
+    reference: Mapping[str, Tensor] | None
+    directions: Mapping[str, AdamWDirection]
+    shapes: Mapping[str, torch.Size]
+    prefix: str = ""
+
+    def plain(self, name: str) -> str:
+        """The name by which a parameter is hashed: that of the model itself, wrapped or not."""
+        return name.removeprefix(self.prefix)
+
+    @property
+    def variant(self) -> str:
+        """What is sketched: "gradient", "adamw" or "adamw-frozen"."""
+        return next((direction.variant for direction in self.directions.values()), "gradient")
+
+    @property
+    def linear(self) -> bool:
+        """Whether sketches of parts of a gradient add up to the sketch of the whole."""
+        return self.sketch is None or self.variant != "adamw"
+
+    def parameter_sketch(self, name: str, part: int | None = None) -> ParameterSketch | None:
+        """How a layer sketches the gradient of a matrix, or of matrix `part` of a stack of them."""
+        if self.sketch is None:
+            return None
+        rows, columns = matrix_shape(self.shapes[name])
+        direction = self.directions.get(name)
+        if direction is not None:
+            direction = direction.viewed(rows, columns)
+        if part is None:
+            return ParameterSketch(self.sketch, self.plain(name), 0, direction)
+        height = self.shapes[name][1]
+        if direction is not None:
+            direction = direction.rows(part * height, height)
+        return ParameterSketch(self.sketch, self.plain(name), part * height, direction)
+
+    def parameter_reference(self, name: str) -> Tensor | None:
+        """The reference gradient of a parameter."""
+        return None if self.reference is None else self.reference.get(name)
+
+    def of_sample_grads(self, name: str, grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Sketches [S, dim] and dots [S] of gradients [S, ...] of a parameter that are there."""
+        reference, sketches, dots = self.parameter_reference(name), None, None
+        whole = grads.reshape(grads.shape[0], *self.shapes[name])
+        if self.sketch is not None:
+            sketches = self.sketch.of(self.plain(name), whole, direction=self.directions.get(name))
+        if reference is not None:
+            dots = whole.flatten(1) @ reference.flatten().to(whole.dtype)
+        return sketches, dots
+
+    def of_rows(
+        self, name: str, ids: Tensor, grads: Tensor, sample: Tensor, samples: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Sketches and dots of a table's gradient: `grads` [N, d] go to the rows `ids` [N] for the samples
+        `sample` [N].
+
+        Every (sample, row) is summed before it is sketched. Waits for the GPU, which says how many there are.
+        """
+        wide = torch.promote_types(grads.dtype, torch.float32)
+        height = self.shapes[name][0]
+        pairs, which = torch.unique(sample * height + ids, return_inverse=True)
+        sums = grads.new_zeros(pairs.numel(), grads.shape[1], dtype=wide).index_add_(0, which, grads.to(wide))
+        row, owner = pairs % height, pairs // height
+        reference, sketches, dots = self.parameter_reference(name), None, None
+        if reference is not None:
+            products = (sums * reference[row].to(wide)).sum(1)
+            dots = sums.new_zeros(samples).index_add_(0, owner, products)
+        if self.sketch is not None:
+            direction = self.directions.get(name)
+            missing = sums.new_zeros(self.sketch.dim)
+            if direction is not None:
+                of_rows = direction.taken(row)
+                if direction.momentum is not None:
+                    # The rows nobody asked for step by their momentum all the same.
+                    nothing = of_rows(torch.zeros_like(sums))
+                    missing = self.sketch.of(
+                        self.plain(name), sums.new_zeros(1, *self.shapes[name]), direction=direction
+                    )[0]
+                    sums = of_rows(sums) - nothing
+                else:
+                    sums = of_rows(sums)
+            found, keys = [], self.sketch.keys(self.plain(name))
+            for part, of in zip(
+                *(t.split(owner.bincount(minlength=samples).tolist()) for t in (sums, row)), strict=True
+            ):
+                found.append(_reference.sketch_rows(part[None], of, self.sketch.dim, keys, kind=self.sketch.kind)[0])
+            sketches = torch.stack(found) + missing
+        return sketches, dots
+
+
+def features_of(
+    parameters: Mapping[str, nn.Parameter],
+    prefix: str,
+    sketch: Sketch | None,
+    reference: Mapping[str, Tensor] | None,
+    optimizer: torch.optim.Optimizer | None,
+    variant: Variant,
+) -> Features | None:
+    """What was asked of `observe`, checked; None if nothing."""
+    if variant not in ("adamw", "adamw-frozen"):
+        raise ValueError(f"variant must be 'adamw' or 'adamw-frozen', got {variant!r}")
+    if sketch is None and optimizer is not None:
+        raise ValueError("optimizer maps what is sketched: pass a sketch too")
+    if sketch is None and reference is None:
+        return None
+    if sketch is not None and not isinstance(sketch, Sketch):
+        raise TypeError(f"sketch must be a pyeff.Sketch or None, got {type(sketch).__name__}")
+    if reference is not None:
+        _check_reference(parameters, reference)
+    directions = {} if optimizer is None else _directions(parameters, optimizer, variant == "adamw-frozen")
+    return Features(sketch, reference, directions, {name: p.shape for name, p in parameters.items()}, prefix)
+
+
+def _check_reference(parameters: Mapping[str, nn.Parameter], reference: Mapping[str, Tensor]) -> None:
+    if not isinstance(reference, Mapping):
+        raise TypeError(f"reference must map names of parameters to gradients, got {type(reference).__name__}")
+    for name, gradient in reference.items():
+        if name not in parameters:
+            raise ValueError(f"reference names {name!r}, which is no parameter that requires a gradient")
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"reference[{name!r}] must be a tensor, got {type(gradient).__name__}")
+        if gradient.shape != parameters[name].shape:
+            raise ValueError(
+                f"reference[{name!r}] must have the parameter's shape, {tuple(parameters[name].shape)}, "
+                f"got {tuple(gradient.shape)}"
+            )
+
+
+def _directions(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, frozen: bool
+) -> dict[str, AdamWDirection]:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    groups: dict[int, dict[str, Any]] = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, parameter in parameters.items():
+        group, state = groups.get(id(parameter)), optimizer.state.get(parameter, {})
+        m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+        if group is None or not isinstance(m, Tensor) or not isinstance(v, Tensor) or m.shape != parameter.shape:
+            raise ValueError(
+                f"optimizer keeps no exp_avg and exp_avg_sq of {name}: it must be Adam or AdamW of torch.optim over "
+                "all observed parameters, and have stepped"
+            )
+        found[name] = AdamWDirection(m, v, int(state["step"]), tuple(group["betas"]), group["eps"], frozen=frozen)
+    return found

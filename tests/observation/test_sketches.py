@@ -1,0 +1,196 @@
+"""Sketches and dots of single samples' gradients, from one backward pass, equal those taken one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from observed_models import MODELS, gradient_of, loss_sum, model_named, padded_batch, sample_of
+from torch import Tensor, nn
+
+import pyeff
+from pyeff.ops.sketch_grads import AdamWDirection
+
+EPS = torch.finfo(torch.float32).eps
+SKETCH = pyeff.Sketch(192, seed=5)
+
+
+def grads_of_samples(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter's gradients [samples, ...], one sample at a time."""
+    model = copy.deepcopy(model)
+    samples = range(next(iter(batch.values())).shape[0])
+    grads = [gradient_of(model, loss_sum(model, sample_of(batch, s))) for s in samples]
+    return {name: torch.stack([g[name] for g in grads]) for name in grads[0]}
+
+
+def reference_of(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {n: torch.randn(p.shape, generator=generator).to(p.dtype) for n, p in model.named_parameters()}
+
+
+def stepped(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with moments as after three steps, whatever the model's dtype."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.95), eps=1e-4)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        m, v = (torch.randn(parameter.shape, generator=generator).to(parameter.dtype) for _ in range(2))
+        optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": m, "exp_avg_sq": v.square()}
+    return optimizer
+
+
+def directions_of(model: nn.Module, optimizer: torch.optim.Optimizer, frozen: bool) -> dict[str, AdamWDirection]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        moments = state["exp_avg"].double(), state["exp_avg_sq"].double()
+        found[name] = AdamWDirection(*moments, 3, (0.8, 0.95), 1e-4, frozen=frozen)
+    return found
+
+
+def assert_close(actual: Tensor, exact: Tensor, peer: Tensor, what: str) -> None:
+    budget = 4 * (peer.double() - exact).abs().max() + 4 * EPS * exact.abs().max()
+    error = (actual.double() - exact).abs().max()
+    assert error <= budget, f"{what}: error {error:.2e}, granted {budget:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in MODELS), ("gpt2", torch.float64), ("mixtral", torch.float64)],
+)
+def test_sketches_and_dots_are_those_of_single_samples(name: str, dtype: torch.dtype) -> None:
+    batch = padded_batch()
+    exact, peer = (grads_of_samples(model_named(name, d), batch) for d in (torch.float64, torch.float32))
+    model = model_named(name, dtype)
+    reference = reference_of(model)
+    with pyeff.observe(model, sketch=SKETCH, reference=reference) as seen:
+        loss_sum(model, batch).backward()
+    assert seen.unobserved == {}
+    assert seen.sketches.dtype == seen.dots.dtype == torch.float32
+    assert seen.sketch_header["variant"] == "gradient"
+    assert_close(seen.sketches, SKETCH(exact, batch_dims=1), SKETCH(peer, batch_dims=1), "sketches")
+
+    def dots(grads: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(g * reference[n].to(g.dtype)).flatten(1).sum(1) for n, g in grads.items()]).sum(0)
+
+    assert_close(seen.dots, dots(exact), dots(peer), "dots")
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in exact.values()]).sum(0).sqrt()
+    peer_norms = torch.stack([g.flatten(1).square().sum(1) for g in peer.values()]).sum(0).sqrt()
+    assert_close(seen.grad_norms, norms, peer_norms, "norms")
+
+
+TIED = ("llama tied", "qwen2", "gemma2", "gpt2", "bert")
+
+
+@pytest.mark.parametrize("variant", ["adamw", "adamw-frozen"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in TIED])
+def test_sketches_of_directions_are_those_of_single_samples(name: str, variant: str) -> None:
+    batch = padded_batch()
+    model = model_named(name)
+    optimizer = stepped(model)
+    exact = grads_of_samples(model, batch)
+    directions = directions_of(model, optimizer, variant == "adamw-frozen")
+    with pyeff.observe(model, sketch=SKETCH, optimizer=optimizer, variant=variant, gradient=False) as seen:
+        loss_sum(model, batch).backward()
+    assert seen.sketch_header["variant"] == variant
+    wanted = SKETCH(exact, batch_dims=1, directions=directions)
+    assert_close(seen.sketches, wanted, wanted, "sketches")
+
+
+def test_a_tied_embedding_is_refused_where_the_map_is_not_linear() -> None:
+    model, batch = model_named("llama tied"), padded_batch()
+    with (
+        pytest.raises(pyeff.UnobservableError, match="embedding and head at once"),
+        pyeff.observe(model, sketch=SKETCH, optimizer=stepped(model)),
+    ):
+        loss_sum(model, batch).backward()
+
+
+def test_packed_and_padded_samples_have_the_same_sketches() -> None:
+    model = model_named("llama")
+    padded = padded_batch(3, 6)
+    lengths = padded["attention_mask"].sum(1).tolist()
+    packed = {
+        "input_ids": torch.cat([row[:n] for row, n in zip(padded["input_ids"], lengths, strict=True)])[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+    }
+    pairs = list(zip(padded["labels"], lengths, strict=True))
+    labels = torch.cat([torch.cat([row[1:n], row.new_tensor([-100])]) for row, n in pairs])
+    sketches = []
+    with pyeff.observe(model, sketch=SKETCH) as seen:
+        loss_sum(model, padded).backward()
+    sketches.append(seen.sketches)
+    model.zero_grad()
+    with pyeff.observe(model, sketch=SKETCH) as seen:
+        logits = model(**packed, use_cache=False).logits[0]
+        (nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100) / 16).backward()
+    sketches.append(seen.sketches)
+    assert sketches[0].shape == sketches[1].shape == (3, SKETCH.dim)
+    assert_close(sketches[1], sketches[0].double(), sketches[0], "sketches")
+
+
+def test_convolutions_are_sketched() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(2), nn.Conv1d(4, 3, 2), nn.Flatten(1), nn.Linear(3 * 15, 5)
+    ).double()
+    x, y = torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 3, 1])
+    exact = []
+    for s in range(3):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[s : s + 1]), y[s : s + 1], reduction="sum").backward()
+        exact.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    model.zero_grad()
+    with pyeff.observe(model, sketch=SKETCH) as seen:
+        nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    wanted = SKETCH({n: torch.stack([e[n] for e in exact]) for n in exact[0]}, batch_dims=1)
+    assert_close(seen.sketches, wanted, wanted, "sketches")
+
+
+class Head(nn.Module):
+    """A head whose loss is either fused or composed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, input_ids: Tensor, targets: Tensor, fused: bool) -> Tensor:
+        hidden = self.table(input_ids)
+        if fused:
+            return pyeff.linear_cross_entropy(
+                hidden, self.head.weight, targets, bias=self.head.bias, softcap=3.0, reduction="sum"
+            )
+        logits = 3.0 * torch.tanh(self.head(hidden) / 3.0)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def test_a_head_that_never_stores_its_logits_stores_them_to_be_sketched() -> None:
+    torch.manual_seed(0)
+    model = Head().double()
+    ids, targets = torch.randint(0, 11, (3, 4)), torch.randint(0, 11, (3, 4))
+    found = []
+    for fused in (True, False):
+        model.zero_grad()
+        with pyeff.observe(model, sketch=SKETCH) as seen:
+            model(ids, targets, fused).backward()
+        found.append(seen.sketches)
+    assert_close(found[0], found[1].double(), found[1], "sketches")
+
+
+def test_what_was_not_asked_for_is_not_there_and_bad_requests_are_named() -> None:
+    model = nn.Linear(3, 2)
+    with pyeff.observe(model) as seen:
+        model(torch.ones(2, 3)).sum().backward()
+    for attribute in ("sketches", "dots", "sketch_header"):
+        with pytest.raises(RuntimeError, match="observe"):
+            getattr(seen, attribute)
+    with pytest.raises(TypeError, match="sketch must be"):
+        pyeff.observe(model, sketch=8)
+    with pytest.raises(ValueError, match="reference names 'head'"):
+        pyeff.observe(model, reference={"head": torch.ones(2)})
+    with pytest.raises(ValueError, match="shape"):
+        pyeff.observe(model, reference={"bias": torch.ones(3)})
+    with pytest.raises(ValueError, match="optimizer keeps no"):
+        pyeff.observe(model, sketch=SKETCH, optimizer=torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="pass a sketch"):
+        pyeff.observe(model, optimizer=torch.optim.AdamW(model.parameters()))
