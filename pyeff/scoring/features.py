@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 FeatureType = Literal["float32", "float16", "int8", "1bit"]
 
-# A part that is lost to a kill is made again; one that is read is read by groups of rows.
+# A part that is lost to a kill is made again. One is read by groups of rows, of so many bytes as float32.
 _PART_BYTES = 64 << 20
-_GROUP_BYTES = 8 << 20
+_GROUP_BYTES = 16 << 20
 
 
 def encode_rows(rows: NDArray[np.floating[Any]], dtype: FeatureType) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -244,7 +244,7 @@ class FeatureStore(PartStore):
         )
 
     def _write(self, table: pa.Table, file: Any) -> None:
-        rows = max(1, _GROUP_BYTES // row_bytes(self._dim, self._dtype))
+        rows = max(1, _GROUP_BYTES // (4 * self._dim))
         arrow("parquet").write_table(
             table,
             file,

@@ -85,7 +85,7 @@ def test_features_on_disk_are_those_in_memory_by_block_and_by_row(
     expected = decode_rows(*encode_rows(x, dtype), x.shape[1], dtype)
     # Parts of 14 rows, groups of 3.
     monkeypatch.setattr(features, "PART_ROWS", 14)
-    monkeypatch.setattr(features, "_GROUP_BYTES", 3 * row_bytes(12, dtype))
+    monkeypatch.setattr(features, "_GROUP_BYTES", 3 * 4 * 12)
     filled(tmp_path / "f", x, dtype=dtype)
     assert len(list((tmp_path / "f").glob("part-*.parquet"))) == 5
     for found in (read_features(tmp_path / "f"), filled(None, x, dtype=dtype)):
