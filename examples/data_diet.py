@@ -76,9 +76,11 @@ def read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise UserError(f"{path} is not an IDX file of bytes: it must begin with 00 00 08")
     dimensions = content[3]
+    if len(content) < 4 + 4 * dimensions:
+        raise UserError(f"{path} ends before its {dimensions} sizes")
     shape = tuple(np.frombuffer(content[4 : 4 + 4 * dimensions], dtype=">u4").tolist())
     body = content[4 + 4 * dimensions :]
-    if len(shape) != dimensions or len(body) != math.prod(shape):
+    if len(body) != math.prod(shape):
         raise UserError(f"{path} should hold {' x '.join(map(str, shape))} bytes, but holds {len(body)}")
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 

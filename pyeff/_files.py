@@ -58,7 +58,10 @@ class OnlyProcess:
         with suppress(ImportError):  # Windows has no fcntl; there the lock is left out
             import fcntl
 
-            self._file = self._path.open("w")
+            try:
+                self._file = self._path.open("w")
+            except OSError as error:
+                raise UserError(f"{self._path.parent} cannot be written to: {error.strerror} ({self._path})") from error
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

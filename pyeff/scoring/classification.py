@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from pyeff.scoring.flops import flop_counter
 from pyeff.scoring.scores import SampleId
-from pyeff.scoring.work import Digest, ScoredBatch, as_array, device_of, refuse_bad_ids
+from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids, rows_of
 
 if TYPE_CHECKING:
     from pyeff.scoring.method import BatchMethod
 
 # A data set that is no tensor is known by so many of its samples, spread over it.
 _PROBED = 16
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Rows = tuple[Sequence[Any] | None, Any, Any]
 
@@ -54,6 +55,8 @@ class Classification:
         else:
             try:
                 self.samples = len(dataset)
+                if isinstance(dataset, Mapping):
+                    raise TypeError
             except TypeError as error:
                 raise TypeError(
                     f"dataset must have a length and items by number, got {type(dataset).__name__}: an iterable "
@@ -98,11 +101,18 @@ class Classification:
                 with flop_counter() as counter:
                     scores = method.classify(self.model, inputs, targets)
                 self._flops[key] = int(counter.get_total_flops())
-            yield ScoredBatch(list(span), ids, as_array(scores), self._flops[key], [1] * len(span))
+            yield ScoredBatch(
+                list(span), ids, rows_of(scores, len(span), method.name), self._flops[key], [1] * len(span)
+            )
 
     def _targets(self, y: Any, count: int, first: int) -> Tensor:
-        targets = torch.as_tensor(y)
-        if targets.shape != (count,) or targets.is_floating_point() or targets.dtype == torch.bool:
+        try:
+            targets = torch.as_tensor(y)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"the targets of samples {first} to {first + count - 1} must be class numbers, got {y!r:.60}"
+            ) from error
+        if targets.shape != (count,) or targets.dtype not in _INTEGERS:
             raise ValueError(
                 f"the targets of samples {first} to {first + count - 1} must be class numbers [{count}], got "
                 f"{targets.dtype} {tuple(targets.shape)}"

@@ -16,7 +16,7 @@ from pyeff.governor.flops import Cost, TransformerShape
 from pyeff.scoring.flops import flop_counter
 from pyeff.scoring.language_model import check_head, check_packing, shape_of_model, without_adapters
 from pyeff.scoring.scores import SampleId
-from pyeff.scoring.work import Digest, ScoredBatch, as_array, device_of, refuse_bad_ids
+from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +129,8 @@ class LanguageScoring:
             else:
                 scores = method.read(self.model, batch, where)
             index = list(batch.sample_indices)
-            yield ScoredBatch(index, [self._ids[i] for i in index], as_array(scores), flops, work.lengths)
+            rows = rows_of(scores, len(index), method.name)
+            yield ScoredBatch(index, [self._ids[i] for i in index], rows, flops, work.lengths)
 
 
 def token_weights(cu_seqlens: Tensor, tokens: int, reduction: Reduction) -> Tensor:

@@ -77,6 +77,8 @@ class BatchMethod(ABC):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        if not isinstance(checkpoint, str):
+            raise TypeError(f"checkpoint must be a str, got {type(checkpoint).__name__}")
         header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
         if stored:
             with _seeding(model) as reseed:
@@ -205,6 +207,8 @@ class ScoreMethod(BatchMethod):
 
         Raises what `score` and `average` raise, and `ValueError` for a name that is no name of a directory.
         """
+        if not isinstance(models, Mapping):
+            raise TypeError(f"models must be a mapping of names to models, got {type(models).__name__}")
         if not models:
             raise ValueError("models must hold at least one model, got none")
         for name in models:

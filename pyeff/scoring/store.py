@@ -95,10 +95,17 @@ class PartStore:
         self._lock = OnlyProcess(self.path)
         self._lock.__enter__()
         try:
+            if found is None:
+                found = header_of(self.path, self.what)  # of a process that came and went meanwhile
+                if found is not None:
+                    self._refuse_another(found)
             for leftover in self.path.glob(f"{PARTIAL}*"):
                 leftover.unlink()
             if found is None:
-                write_text_atomic(self.path / _HEADER, json.dumps(self._header, indent=1))
+                try:
+                    write_text_atomic(self.path / _HEADER, json.dumps(self._header, indent=1))
+                except OSError as error:
+                    raise UserError(f"{self.path} cannot be written to: {error.strerror}") from error
             self._take_in()
         except BaseException:
             self._lock.__exit__()
@@ -246,6 +253,11 @@ def header_of(directory: Path, what: str) -> dict[str, Any] | None:
         raise UserError(f"{file} cannot be read ({error}): choose another directory") from error
     if not isinstance(header, dict) or "method" not in header:
         raise UserError(f"{file} is not the header of {what}: choose another directory")
+    if header.get("format") != _FORMAT:
+        raise UserError(
+            f"{file} is of format {header.get('format')!r}, and this version of pyeff knows format {_FORMAT}: read it "
+            "with the version that wrote it, or choose another directory"
+        )
     if header.get("kind", "scores") != what:
         raise UserError(f"{directory} holds {header.get('kind', 'scores')}, not {what}")
     return header

@@ -50,6 +50,14 @@ class Work(Protocol):
         """Score the batches of these numbers, in turn."""
 
 
+def rows_of(values: Tensor, samples: int, method: str) -> NDArray[np.floating[Any]]:
+    """What a method has made of a batch, as an array; raises `ValueError` unless it has a row for each sample."""
+    if not isinstance(values, Tensor) or values.shape[:1] != (samples,):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{method} must make a tensor with a row for each of {samples} samples, got {got}")
+    return as_array(values)
+
+
 def as_array(values: Tensor) -> NDArray[np.floating[Any]]:
     """A tensor as an array of float32 or wider."""
     wide = values.detach().to("cpu", torch.promote_types(values.dtype, torch.float32))
@@ -145,8 +153,8 @@ def refuse_bad_ids(ids: Sequence[Any], known: set[SampleId], *, first: int = 0) 
     """
     plain: list[SampleId] = []
     for place, value in enumerate(ids, start=first):
-        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
-            value = value.item()
+        if isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else value.tolist()
         if hasattr(value, "__index__") and not isinstance(value, bool | int):
             value = int(value)
         if value is None or value == "":
@@ -155,6 +163,8 @@ def refuse_bad_ids(ids: Sequence[Any], known: set[SampleId], *, first: int = 0) 
             raise TypeError(f"the id of sample {place} must be a string or an integer, got {type(value).__name__}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"the id {value} of sample {place} does not fit in 64 bits: make it a string")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"the id {value!r} of sample {place} is not valid Unicode")
         if value in known:
             raise ValueError(f"the id {value!r} of sample {place} is there twice: ids must be unique")
         known.add(value)

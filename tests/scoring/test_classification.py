@@ -6,8 +6,10 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -316,3 +318,36 @@ def test_a_model_that_gives_no_logits_is_refused() -> None:
 def test_options_out_of_range_are_refused(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         score(EL2N(), samples(), **{name: value})
+
+
+def test_ids_and_targets_that_would_be_cut_off_or_cannot_be_written_are_refused() -> None:
+    model, (x, y) = nn.Linear(4, 3), (torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+    for ids in (torch.tensor([0.2, 1.7, 2.0, 3.0]), torch.zeros(4, 2)):
+        with pytest.raises(TypeError, match="the id of sample 0 must be a string or an integer"):
+            EL2N().score(model, (ids, x, y), progress=False)
+    with pytest.raises(ValueError, match=r"the id .* of sample 1 is not valid Unicode"):
+        EL2N().score(model, (["a", "\ud800", "c", "d"], x, y), progress=False)
+    with pytest.raises(ValueError, match="must be class numbers"):
+        EL2N().score(model, (x, y + 1j), progress=False)
+    with pytest.raises(TypeError, match="must be class numbers, got"):
+        EL2N().score(model, [(x[0], "cat")], progress=False)
+    with pytest.raises(TypeError, match="dataset must have a length and items by number, got dict"):
+        EL2N().score(model, {"x": x, "y": y}, progress=False)
+    with pytest.raises(TypeError, match="checkpoint must be a str, got int"):
+        EL2N().score(model, (x, y), checkpoint=5, progress=False)
+    with pytest.raises(TypeError, match="models must be a mapping of names to models, got list"):
+        EL2N().score_all([model], (x, y), progress=False)
+
+
+def test_a_method_that_loses_samples_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    class Short(ScoreMethod):
+        name = "short"
+
+        def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+            return torch.zeros(3 if len(targets) == 2 else len(targets))
+
+    x, y = torch.randn(10, 4), torch.zeros(10, dtype=torch.long)
+    with pytest.raises(ValueError, match="short must make a tensor with a row for each of 2 samples, got shape"):
+        Short().score(nn.Linear(4, 3), (x, y), batch_size=4, path=tmp_path / "scores", progress=False)
+    part = next((tmp_path / "scores").glob("part-*"))
+    assert pq.read_table(part).num_rows == 8, "what was scored before is kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -279,3 +280,50 @@ def test_integer_ids_stay_integers(tmp_path: Path) -> None:
     _, x, y = samples()
     assert score(tmp_path / "s", dataset=(torch.arange(12) * 7, x, y)).ids == [7 * i for i in range(12)]
     assert read_scores(tmp_path / "s").ids == [7 * i for i in range(12)]
+
+
+def test_a_header_of_another_version_is_named(tmp_path: Path) -> None:
+    path, data = tmp_path / "scores", (torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+    model = nn.Linear(4, 3)
+    EL2N().score(model, data, path=path, progress=False)
+    header = json.loads((path / "header.json").read_text())
+    (path / "header.json").write_text(json.dumps({**header, "format": 2}))
+    for use in (lambda: read_scores(path), lambda: EL2N().score(model, data, path=path, progress=False)):
+        with pytest.raises(UserError, match="is of format 2, and this version of pyeff knows format 1"):
+            use()
+
+
+def test_a_process_that_came_and_went_before_the_lock_keeps_its_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "scores", (torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    module = importlib.import_module("pyeff.scoring.store")
+
+    class After(module.OnlyProcess):
+        def __enter__(self) -> None:
+            monkeypatch.undo()
+            EL2N().score(first, data, path=path, progress=False)
+            super().__enter__()
+
+    monkeypatch.setattr(module, "OnlyProcess", After)
+    with pytest.raises(UserError, match="holds scores of another model"):
+        EL2N().score(second, data, path=path, progress=False)
+    assert len(read_scores(path)) == 4
+
+
+def test_a_directory_that_cannot_be_locked_or_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = (torch.randn(4, 4), torch.tensor([0, 1, 2, 0])), nn.Linear(4, 3)
+    (tmp_path / "locked" / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="locked cannot be written to: Is a directory"):
+        EL2N().score(model, data, path=tmp_path / "locked", progress=False)
+    module = importlib.import_module("pyeff.scoring.store")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_text_atomic", full)
+    with pytest.raises(UserError, match="full cannot be written to: No space left on device"):
+        EL2N().score(model, data, path=tmp_path / "full", progress=False)
