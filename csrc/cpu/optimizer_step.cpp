@@ -249,12 +249,24 @@ Update update_of(const OptimizerRule& rule) {
     }
 }
 
+int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+int64_t blocks_of(const OptimizerTensor& t, int64_t block_size) {
+    return t.row == t.size ? parts_of(t.size, block_size) : t.size / t.row * parts_of(t.row, block_size);
+}
+
 Block block_of(const OptimizerTensor& t, int64_t block, const OptimizerRule& rule) {
-    const int64_t at = block * rule.block_size, state_bytes = rule.coded ? 1 : 4;
+    int64_t at = block * rule.block_size, end = t.size;
+    if (t.row != t.size) {
+        const int64_t in_row = parts_of(t.row, rule.block_size), row = block / in_row;
+        at = row * t.row + block % in_row * rule.block_size;
+        end = (row + 1) * t.row;
+    }
+    const int64_t state_bytes = rule.coded ? 1 : 4;
     const auto moved = [&](int64_t address, int64_t bytes) {
         return address ? reinterpret_cast<char*>(address) + at * bytes : nullptr;
     };
-    return {std::min(rule.block_size, t.size - at),
+    return {std::min(rule.block_size, end - at),
             t.first_block + block,
             moved(t.p, t.weight == WEIGHT_FLOAT32 ? 4 : 2),
             moved(t.g, t.g_dtype == DTYPE_FLOAT32 ? 4 : 2),
@@ -265,14 +277,12 @@ Block block_of(const OptimizerTensor& t, int64_t block, const OptimizerRule& rul
             reinterpret_cast<float*>(t.second_scale) + block};
 }
 
-int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
-// Parts [first, last) of the concatenation of all tensors, each cut into parts of its own.
-template <class Body>
-void for_parts(const OptimizerTensor* tensors, int64_t count, int64_t part, int64_t first, int64_t last, Body body) {
+// Parts [first, last) of the concatenation of all tensors, of which each has parts_of(tensor).
+template <class Parts, class Body>
+void for_parts(const OptimizerTensor* tensors, int64_t count, Parts parts_of, int64_t first, int64_t last, Body body) {
     int64_t start = 0;
     for (int64_t i = 0; i < count && start < last; ++i) {
-        const int64_t parts = parts_of(tensors[i].size, part), end = start + parts;
+        const int64_t parts = parts_of(tensors[i]), end = start + parts;
         if (end > first)
             body(i, std::max(first - start, int64_t{0}), std::min(last - start, parts), start);
         start = end;
@@ -289,9 +299,10 @@ void share(int64_t total, int64_t part, int threads, Body body) {
     for (int64_t i = 0; i < team; ++i) body(total * i / team, total * (i + 1) / team);
 }
 
-int64_t all_parts(const OptimizerTensor* tensors, int64_t count, int64_t part) {
+template <class Parts>
+int64_t all_parts(const OptimizerTensor* tensors, int64_t count, Parts parts_of) {
     int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += parts_of(tensors[i].size, part);
+    for (int64_t i = 0; i < count; ++i) total += parts_of(tensors[i]);
     return total;
 }
 
@@ -359,9 +370,10 @@ bool optimizer_step(const OptimizerTensor* tensors, int64_t count, const Optimiz
                                 tensors[i].key);
     }
     const Update update = update_of(rule);
-    share(all_parts(tensors, count, rule.block_size), rule.block_size, threads, [&](int64_t first, int64_t last) {
+    const auto blocks = [&](const OptimizerTensor& t) { return blocks_of(t, rule.block_size); };
+    share(all_parts(tensors, count, blocks), rule.block_size, threads, [&](int64_t first, int64_t last) {
         Buffers buffers;
-        for_parts(tensors, count, rule.block_size, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t) {
+        for_parts(tensors, count, blocks, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t) {
             const OptimizerTensor& t = tensors[i];
             const StepScalars& s = scalars[i];
             for (int64_t block = begin; block < end; ++block) {
@@ -376,10 +388,11 @@ bool optimizer_step(const OptimizerTensor* tensors, int64_t count, const Optimiz
 }
 
 double global_norm(const OptimizerTensor* tensors, int64_t count, int threads) {
-    std::vector<double> squares(static_cast<size_t>(all_parts(tensors, count, NORM_CHUNK)));
+    const auto chunks_of = [](const OptimizerTensor& t) { return parts_of(t.size, NORM_CHUNK); };
+    std::vector<double> squares(static_cast<size_t>(all_parts(tensors, count, chunks_of)));
     const auto chunks = static_cast<int64_t>(squares.size());
     share(chunks, NORM_CHUNK, threads, [&](int64_t first, int64_t last) {
-        for_parts(tensors, count, NORM_CHUNK, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t start) {
+        for_parts(tensors, count, chunks_of, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t start) {
             for (int64_t chunk = begin; chunk < end; ++chunk)
                 squares[start + chunk] = chunk_squares(tensors[i], chunk);
         });

@@ -35,7 +35,7 @@ __device__ __forceinline__ uint8_t& element(Own& own, int i, uint8_t) { return o
 template <class T>
 __device__ __forceinline__ void read(Own& own, int64_t address, int64_t at, int count) {
     const T* from = at_index<const T>(address, at);
-    if (count == OWN && (address & 15) == 0) {
+    if (count == OWN && (reinterpret_cast<uintptr_t>(from) & 15) == 0) {
 #pragma unroll
         for (int i = 0; i < OWN * static_cast<int>(sizeof(T)) / 16; ++i)
             own.vectors[i] = __ldca(reinterpret_cast<const uint4*>(from) + i);
@@ -48,7 +48,7 @@ __device__ __forceinline__ void read(Own& own, int64_t address, int64_t at, int 
 template <class T>
 __device__ __forceinline__ void write(int64_t address, int64_t at, Own& own, int count) {
     T* to = at_index<T>(address, at);
-    if (count == OWN && (address & 15) == 0) {
+    if (count == OWN && (reinterpret_cast<uintptr_t>(to) & 15) == 0) {
 #pragma unroll
         for (int i = 0; i < OWN * static_cast<int>(sizeof(T)) / 16; ++i)
             __stwb(reinterpret_cast<uint4*>(to) + i, own.vectors[i]);
@@ -87,7 +87,15 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     const OptimizerTensor& t = tensors[chunk.tensor];
     const StepScalars& s = scalars[chunk.tensor];
     if (s.skip) return;
-    const int64_t at = chunk.index * OPTIMIZER_CHUNK + threadIdx.x * OWN, left = t.size - at;
+    // Chunks count rows as if their last blocks were full.
+    const int64_t padded = chunk.index * OPTIMIZER_CHUNK + threadIdx.x * OWN, block = padded >> block_bits;
+    int64_t at = padded, left = t.size - padded;
+    if (t.row != t.size) {
+        const int64_t in_row = (t.row + (int64_t{1} << block_bits) - 1) >> block_bits, row = block / in_row;
+        const int64_t column = padded - ((row * in_row) << block_bits);
+        at = row * t.row + column;
+        left = at < t.size ? t.row - column : 0;
+    }
     const int count = left >= OWN ? OWN : left > 0 ? static_cast<int>(left) : 0;
     const int64_t weight = t.weight;
     const bool exact = weight == WEIGHT_FLOAT32 || weight == WEIGHT_MASTER;
@@ -105,10 +113,10 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     float first_by = 0.0f, second_by = 0.0f;
     if (CODED) {
         read<uint8_t>(first, t.first, at, count);
-        if (count) first_by = first_factor<RULE>(__ldca(at_index<float>(t.first_scale, at >> block_bits)), s);
+        if (count) first_by = first_factor<RULE>(__ldca(at_index<float>(t.first_scale, block)), s);
         if (ADAM) {
             read<uint8_t>(second, t.second, at, count);
-            if (count) second_by = root_factor(__ldca(at_index<float>(t.second_scale, at >> block_bits)), s);
+            if (count) second_by = root_factor(__ldca(at_index<float>(t.second_scale, block)), s);
         }
     } else {
         read<float>(first, t.first, at, count);
@@ -156,8 +164,8 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     }
     if (weight != WEIGHT_FLOAT32) {
         if (weight == WEIGHT_STOCHASTIC) {
-            const uint64_t key = random_key(s, t.first_block + (at >> block_bits));
-            const uint32_t index = static_cast<uint32_t>(at & ((int64_t{1} << block_bits) - 1));
+            const uint64_t key = random_key(s, t.first_block + block);
+            const uint32_t index = threadIdx.x * OWN & ((1u << block_bits) - 1);
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
                 p.halves[i] = static_cast<uint16_t>(rounded_at_random(p.floats[i], random_bits(random_count(index + i, key), key)));
@@ -192,7 +200,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     write<uint8_t>(t.first, at, first, count);
     // Every thread of the block has read the old scales: the new ones are made of what they computed with them.
     const bool writes_scales = count && threadIdx.x % threads == 0;
-    if (writes_scales) __stwb(at_index<float>(t.first_scale, at >> block_bits), new_scale);
+    if (writes_scales) __stwb(at_index<float>(t.first_scale, block), new_scale);
     if (ADAM) {
         const float new_scale2 = root_scale(largest_of(largest_root, threads, shared_root), s);
         const float divisor2 = root_divisor(new_scale2, s);
@@ -200,7 +208,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
         for (int i = 0; i < OWN; ++i)
             second.bytes[i] = static_cast<uint8_t>(encode_root(clamped(root.floats[i] * divisor2, 1.0f), 0u));
         write<uint8_t>(t.second, at, second, count);
-        if (writes_scales) __stwb(at_index<float>(t.second_scale, at >> block_bits), new_scale2);
+        if (writes_scales) __stwb(at_index<float>(t.second_scale, block), new_scale2);
     }
 }
 
@@ -281,7 +289,7 @@ __global__ void __launch_bounds__(THREADS) norm_kernel(const double* squares, in
 }
 
 // Rows travel as kernel arguments, which may take 4 KB.
-constexpr int ROWS = 32;
+constexpr int ROWS = 31;
 struct Rows {
     OptimizerTensor rows[ROWS];
 };
@@ -320,7 +328,7 @@ std::string optimizer_table_cuda(const OptimizerTensor* rows, int64_t count, Opt
         Rows some = {};
         const int64_t n = std::min<int64_t>(ROWS, count - start);
         std::copy(rows + start, rows + start + n, some.rows);
-        rows_kernel<<<1, ROWS, 0, queue>>>(some, static_cast<int>(n), tensors + start);
+        rows_kernel<<<1, 32, 0, queue>>>(some, static_cast<int>(n), tensors + start);
     }
     if (chunk_count) {
         constexpr int threads = 128;

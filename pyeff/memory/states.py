@@ -24,9 +24,9 @@ def state_bytes(parameter: Parameter, optimizer: Optimizer, master: Master = "no
     """Optimizer states of one parameter of n elements.
 
     "adamw" is `torch.optim.AdamW`: two moments in the parameter's type, in fp32 with `master="fp32"`, and a step count
-    of 4 bytes. The 8-bit ones hold one byte an element and moment, and a 4-byte scale for each 256 elements begun:
-    2 + 8 / 256 bytes an element for two moments, half of it for one. `master` adds 1 ("ecc8") or 4 ("fp32") bytes
-    an element of a 16-bit parameter.
+    of 4 bytes. The 8-bit ones hold one byte an element and moment, and a 4-byte scale for each 256 elements of a row
+    that are begun: 2 + 8 / 256 bytes an element for two moments, half of it for one. `master` adds 1 ("ecc8") or 4
+    ("fp32") bytes an element of a 16-bit parameter.
 
     >>> weight = Parameter("w", "layer 0", (1024, 1024), 2, True)
     >>> state_bytes(weight, "adamw8bit") / weight.elements, state_bytes(weight, "lion8bit", "ecc8") / weight.elements
@@ -39,7 +39,8 @@ def state_bytes(parameter: Parameter, optimizer: Optimizer, master: Master = "no
     if optimizer == "adamw":
         size = _FP32 if master == "fp32" else parameter.itemsize
         return moments * size * parameter.elements + _FP32 + extra
-    blocks = -(-parameter.elements // BLOCK)
+    rows = parameter.shape[0] if len(parameter.shape) > 1 else 1
+    blocks = rows * -(-parameter.elements // max(rows, 1) // BLOCK)
     return moments * (parameter.elements + _FP32 * blocks) + extra
 
 

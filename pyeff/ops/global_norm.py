@@ -73,7 +73,7 @@ def _rows(tensors: list[Tensor], chunk: int) -> tuple[list[Tensor], Tensor]:
     rows, start = [], 0
     for x in flat:
         row = [0] * FIELDS
-        row[1], row[9], row[11], row[14] = x.data_ptr(), x.numel(), DTYPES[x.dtype], start
+        row[1], row[9], row[11], row[14], row[15] = x.data_ptr(), x.numel(), DTYPES[x.dtype], start, x.numel()
         start += -(-x.numel() // chunk)
         rows.append(row)
     return flat, torch.tensor(rows, dtype=torch.int64).view(-1, FIELDS)

@@ -23,6 +23,7 @@ from pyeff.reference.optimizer_step import (
     encode_root,
     encode_signed,
     from_blocks,
+    row_length,
     to_blocks,
 )
 from pyeff.reference.optimizer_step import optimizer_step as reference_step
@@ -30,7 +31,7 @@ from pyeff.reference.optimizer_step import optimizer_step as reference_step
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/common/optimizer_step.h
 WEIGHTS = {"none": 1, "stochastic": 2, "ecc8": 3, "fp32": 4}  # of bf16 parameters; fp32 ones are 0
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048)
-FIELDS = 15  # of OptimizerTensor; the first two are the addresses of the parameter and its gradient
+FIELDS = 16  # of OptimizerTensor; the first two are the addresses of the parameter and its gradient
 STATES = ("8bit", "fp32")
 
 
@@ -39,10 +40,11 @@ class OptimizerStates:
     """What a list of parameters keeps between steps.
 
     rule: "adam" (two moments), "lion" or "sgd" (one). states: "8bit" or "fp32". For a parameter of n elements and
-    blocks of b, a moment is uint8 codes of the parameter's shape and an fp32 scale [ceil(n / b)] each block, or one
-    fp32 tensor of its shape (then the lists of scales are empty). The first moment is signed; of the second, codes
-    hold sqrt(v) and fp32 holds v. Blocks are cut from the flattened parameter. 2 + 8 / b bytes per parameter for
-    Adam with codes.
+    blocks of b, a moment is uint8 codes of the parameter's shape and an fp32 scale each block, or one fp32 tensor of
+    its shape (then the lists of scales are empty). The first moment is signed; of the second, codes hold sqrt(v) and
+    fp32 holds v. Blocks are cut from each row of r = n / shape[0] elements, scales [shape[0], ceil(r / b)]; a vector
+    is one row, scales [ceil(n / b)]. For Adam with codes 2 + 8 / b bytes per parameter, and 2 + 8 / r where rows are
+    shorter than a block.
 
     master: what a bf16 parameter has beside it: "ecc8" an error byte (uint8), "fp32" a twin; "stochastic" and "none"
     nothing. `steps` counts (float64 scalars) and Adam's `beta_powers` hold beta1^t and beta2^t (float64 [2]) on the
@@ -51,7 +53,7 @@ class OptimizerStates:
 
     >>> states = OptimizerStates.zeros([torch.zeros(3, 100)])
     >>> states.first[0].shape, states.first_scale[0].shape
-    (torch.Size([3, 100]), torch.Size([2]))
+    (torch.Size([3, 100]), torch.Size([3, 1]))
     """
 
     first: list[Tensor]
@@ -88,14 +90,13 @@ class OptimizerStates:
         made = cls([], [], [], [], [], [], [], list(range(len(params)) if keys is None else keys), rule, states, master)
         made.block_size = block_size
         for p in params:
-            blocks = -(-p.numel() // block_size)
             for moment, scale in ((made.first, made.first_scale), (made.second, made.second_scale)):
                 if moment is made.second and rule != "adam":
                     continue
                 dtype = torch.uint8 if states == "8bit" else torch.float32
                 moment.append(torch.zeros(p.shape, dtype=dtype, device=p.device))
                 if states == "8bit":
-                    scale.append(torch.zeros(blocks, dtype=torch.float32, device=p.device))
+                    scale.append(torch.zeros(scale_shape(p.shape, block_size), device=p.device))
             if master in ("ecc8", "fp32"):
                 made.masters.append(master_of(p, master))
             made.steps.append(torch.zeros((), dtype=torch.float64, device=p.device))
@@ -127,27 +128,37 @@ class OptimizerStates:
         return m, decode_square(second, self.second_scale[index], self.block_size)
 
 
+def scale_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
+    """The shape of the scales of a moment of this shape."""
+    in_row = -(-row_length(shape) // block_size)
+    return (shape[0], in_row) if len(shape) > 1 else (in_row,)
+
+
 def decode_moment(code: Tensor, scale: Tensor, block_size: int) -> Tensor:
     """The first moment of these codes, fp32 of their shape."""
-    return from_blocks(decode_signed(to_blocks(code, block_size), scale), code)
+    row = row_length(code.shape)
+    return from_blocks(decode_signed(to_blocks(code, block_size, row), scale.flatten()), code, row)
 
 
 def decode_square(code: Tensor, scale: Tensor, block_size: int) -> Tensor:
     """The second moment v of these codes, fp32 of their shape."""
-    root = decode_root(to_blocks(code, block_size), scale / 256)
-    return from_blocks(root * root, code)
+    row = row_length(code.shape)
+    root = decode_root(to_blocks(code, block_size, row), scale.flatten() / 256)
+    return from_blocks(root * root, code, row)
 
 
 def encode_moment(m: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of a first moment."""
-    code, scale = encode_signed(to_blocks(m.float(), block_size))
-    return from_blocks(code, m).contiguous(), scale
+    row = row_length(m.shape)
+    code, scale = encode_signed(to_blocks(m.float(), block_size, row))
+    return from_blocks(code, m, row).contiguous(), scale.view(scale_shape(m.shape, block_size))
 
 
 def encode_square(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of a second moment; of its root, that is."""
-    code, scale = encode_root(to_blocks(v.float().sqrt(), block_size))
-    return from_blocks(code, v).contiguous(), scale
+    row = row_length(v.shape)
+    code, scale = encode_root(to_blocks(v.float().sqrt(), block_size, row))
+    return from_blocks(code, v, row).contiguous(), scale.view(scale_shape(v.shape, block_size))
 
 
 def master_of(p: Tensor, master: str) -> Tensor:
@@ -289,7 +300,7 @@ def state_shapes(
     none."""
     coded, adam = states == "8bit", rule == "adam"
     moment = (tuple(p.shape), torch.uint8 if coded else torch.float32)
-    scale = ((-(-p.numel() // block_size),), torch.float32) if coded else None
+    scale = (scale_shape(p.shape, block_size), torch.float32) if coded else None
     kept: tuple[tuple[int, ...], torch.dtype] | None = None
     if master in ("ecc8", "fp32"):
         kept = ((0,), torch.float32)
@@ -374,11 +385,14 @@ class StepPlan:
         lists: Sequence[Sequence[Tensor]],
         *,
         master: str,
+        block_size: int,
         keys: Sequence[int],
+        first_blocks: Sequence[int] | None = None,
         impl: str,
     ) -> None:
         self.params, self.grads, self.lists = list(params), list(grads), [list(one) for one in lists]
         self.master, self.keys, self.impl = master, list(keys), impl
+        self.first_blocks = list(first_blocks or [0] * len(self.params))
         if impl == "reference":
             return
         # The kernels read flat memory; what is not flat is copied before a step, and a parameter copied back after it.
@@ -387,9 +401,17 @@ class StepPlan:
         ]
         self._copied_params = [(p, flat) for p, flat in zip(params, self._flat_params, strict=True) if p is not flat]
         addresses = [[x.data_ptr() for x in one] or [0] * len(self.params) for one in self.lists]
-        self._sizes = [p.numel() for p in params]
+        sizes = [p.numel() for p in params]
+        # Rows of whole blocks need not be told apart.
+        rows = [row_length(p.shape) for p in params]
+        rows = [size if row == 0 or row % block_size == 0 else row for row, size in zip(rows, sizes, strict=True)]
         chunk = getattr(extension(), "OPTIMIZER_CHUNK", 4096)
-        chunks = [-(-size // chunk) for size in self._sizes]
+        # A chunk is a number of whole blocks; it counts the last ones of rows as full.
+        padded = [
+            size if row == size else size // row * -(-row // block_size) * block_size
+            for row, size in zip(rows, sizes, strict=True)
+        ]
+        chunks = [-(-size // chunk) for size in padded]
         starts, self._chunk_count = [], 0
         for count in chunks:
             starts.append(self._chunk_count)
@@ -399,12 +421,13 @@ class StepPlan:
             [p.data_ptr() for p in self._flat_params],
             [0] * len(self.params),
             *addresses,
-            self._sizes,
+            sizes,
             [0 if p.dtype == torch.float32 else half for p in params],
             [0] * len(self.params),
             self.keys,
-            [0] * len(self.params),
+            self.first_blocks,
             starts,
+            rows,
         ]
         self._rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         self._gradient_key: list[tuple[Any, ...]] = []
@@ -465,8 +488,9 @@ class StepPlan:
         size = 0.0 if norm is None else norm.item()
         if self.impl == "reference":
             taken = reference_step(
-                self.params, self.grads, *self.lists, rule=rule, master=self.master, keys=self.keys, norm=size
-            )
+                self.params, self.grads, *self.lists, rule=rule, master=self.master, keys=self.keys,
+                first_blocks=self.first_blocks, norm=size,
+            )  # fmt: skip
         else:
             self._copy_in()
             taken = extension().optimizer_step(
@@ -554,7 +578,7 @@ def _step(
         nesterov=bool(nesterov),
     )
     lists = (first, first_scale, second, second_scale, masters, steps, beta_powers)
-    plan = StepPlan(params, grads, lists, master=master, keys=keys, impl=impl)
+    plan = StepPlan(params, grads, lists, master=master, block_size=block_size, keys=keys, impl=impl)
     plan.step(made, norm=norm, lr=lr, skipped=skipped)
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import encode_moment, encode_square, master_of
+from pyeff.ops.optimizer_step import encode_moment, encode_square, master_of, scale_shape
+from pyeff.optim.sharding import as_part, local, part_of
 from pyeff.reference.optimizer_step import from_blocks, to_blocks
 
 if TYPE_CHECKING:
@@ -88,17 +89,20 @@ def _state(
         if name == "exp_avg_sq" and (moment < 0).any():
             raise ValueError(f"{where}: {name} must be >= 0 everywhere")
         if group["states"] == "fp32":
-            new[name] = moment
+            new[name] = as_part(moment, p, p.shape)
         else:
-            encode = encode_moment if i == 0 else encode_square
-            new[f"{name}_code"], new[f"{name}_scale"] = encode(moment, group["block_size"])
+            code, scale = (encode_moment if i == 0 else encode_square)(moment, group["block_size"])
+            new[f"{name}_code"] = as_part(code, p, p.shape)
+            new[f"{name}_scale"] = as_part(scale, p, scale_shape(p.shape, group["block_size"]))
     if group["master"] in ("ecc8", "fp32"):
-        new["master_error" if group["master"] == "ecc8" else "master"] = master_of(p, group["master"])
+        kept = master_of(local(p), group["master"])
+        name = "master_error" if group["master"] == "ecc8" else "master"
+        new[name] = as_part(kept, p, p.shape) if p.dtype == torch.bfloat16 else kept
     return new
 
 
 def _moment(state: dict[str, Any], name: str, number: int, p: Tensor, where: str) -> Tensor:
-    """This moment in fp32, of the parameter's shape."""
+    """This moment in fp32, of the parameter's shape, or this process's part of it if the parameter is split."""
     theirs = name if name in state else f"state{number}"
     value = state.get(theirs)
     if not isinstance(value, Tensor):
@@ -106,7 +110,7 @@ def _moment(state: dict[str, Any], name: str, number: int, p: Tensor, where: str
     if value.shape != p.shape:
         raise ValueError(f"{where}: {theirs} must have shape {tuple(p.shape)}; got {tuple(value.shape)}")
     if value.is_floating_point():
-        return value.detach().float()
+        return _part(value.detach(), p, f"{where}: {theirs}").float()
     table, largest = state.get(f"qmap{number}"), state.get(f"absmax{number}")
     if value.dtype != torch.uint8 or not isinstance(table, Tensor) or not isinstance(largest, Tensor):
         raise ValueError(f"{where}: {theirs} must be fp32, or uint8 with qmap{number} and absmax{number}")
@@ -118,4 +122,11 @@ def _moment(state: dict[str, Any], name: str, number: int, p: Tensor, where: str
         )
     codes = to_blocks(value, blocks[largest.numel()])
     levels = table.float().to(codes.device)[codes.long()] * largest.float().to(codes.device).view(-1, 1)
-    return from_blocks(levels, value)
+    return _part(from_blocks(levels, value), p, f"{where}: {theirs}")
+
+
+def _part(value: Tensor, p: Tensor, where: str) -> Tensor:
+    try:
+        return part_of(value, p)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None

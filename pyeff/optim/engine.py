@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from pyeff.ops.optimizer_step import (
     state_shapes,
 )
 from pyeff.optim.convert import converted
+from pyeff.optim.sharding import as_part, check_split, first_block, is_distributed, local, part_of, shard_groups
 from pyeff.reference.optimizer_step import CODE, OptimizerRule
 
 # What decides which states there are; a state_dict that differs in one of these cannot be read.
@@ -54,6 +56,10 @@ class Optimizer8bit(torch.optim.Optimizer):
     be captured in a CUDA graph, after one step outside it. Parameters without a gradient are skipped and keep their
     own count of steps.
 
+    Parameters may be DTensors that are replicated or split along dimension 0 (FSDP2): blocks run along rows, so a step
+    and a resumed checkpoint have the same bits at any number of processes (clip_norm: to the rounding of the norm). A
+    split that cuts a block, which for vectors is likely, raises ValueError: give vectors a group with states="fp32".
+
     `state_dict` holds tensors and plain values only, names its code and continues bit for bit in a fresh optimizer.
     `load_state_dict` also reads the states of torch's and bitsandbytes' optimizers of the same rule, and refuses,
     before anything changes, states of another rule, code, layout or shape and numbers that make no sense.
@@ -75,7 +81,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         clip_norm: float | None,
         skip_nonfinite: bool,
     ) -> None:
-        self._plans: dict[tuple[int, torch.device], _Plan] = {}
+        self._plans: dict[tuple[int, torch.device, int | None], _Plan] = {}
         defaults |= {
             "block_size": block_size,
             "states": states,
@@ -136,9 +142,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._check_group(group)
             for i, p in enumerate(group["params"]):
                 where = f"params[{i}] of group {len(self.param_groups) - 1}"
-                if hasattr(p, "device_mesh"):
-                    raise TypeError(f"{where} must be a plain tensor; got a sharded one ({type(p.data).__name__})")
                 check_parameter(p, where)
+                if is_distributed(p):
+                    at_random = group["master"] == "stochastic" and p.dtype == torch.bfloat16
+                    in_blocks = group["states"] == "8bit"
+                    check_split(p, where, block_size=group["block_size"], in_blocks=in_blocks, at_random=at_random)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -162,41 +170,73 @@ class Optimizer8bit(torch.optim.Optimizer):
         calls = [call for index, group in enumerate(self.param_groups) for call in self._calls(index, group)]
         norms = self._norms(calls)
         for call in calls:
-            lr: float | Tensor = call.group["lr"]
-            tensor: Tensor | None = None
-            if isinstance(lr, Tensor) and lr.device == call.device and lr.is_cuda and lr.dtype == torch.float32:
-                tensor, lr = lr, 0.0  # read on the device
-            call.plan.step(
-                self._rule_of(call.group, float(lr)),
-                norm=norms.get(call.device),
-                lr=tensor,
-                skipped=call.group["skipped_steps"] if call.counts_skipped else None,
-            )
-            call.plan.release_grads()
+            self._take(call, norms.get(call.device), call.group["clip_norm"])
         return loss
+
+    def _take(self, call: _Call, norm: Tensor | None, clip_norm: float | None) -> None:
+        lr: float | Tensor = call.group["lr"]
+        tensor: Tensor | None = None
+        if isinstance(lr, Tensor) and lr.device == call.device and lr.is_cuda and lr.dtype == torch.float32:
+            tensor, lr = lr, 0.0  # read on the device
+        call.plan.step(
+            self._rule_of({**call.group, "clip_norm": clip_norm}, float(lr)),
+            norm=norm,
+            lr=tensor,
+            skipped=call.group["skipped_steps"] if call.counts_skipped else None,
+        )
+        call.plan.release_grads()
+
+    @torch.no_grad()
+    def step_parameter(
+        self,
+        index: int,
+        place: int,
+        *,
+        norm: Tensor | None = None,
+        clip_norm: float | None = None,
+        counts_skipped: bool = True,
+    ) -> None:
+        """Take a step of parameter `place` of group `index` alone, with the bits that `step` has for it.
+
+        For steps inside a backward (`GradientRelease`). norm: float64 scalar on the parameter's device, of all
+        gradients; needed by clip_norm, which takes the place of the group's. If the norm is not finite nothing is
+        changed, and `skipped_steps` goes up if counts_skipped. A parameter without a gradient takes no step.
+        """
+        for call in self._calls(index, self.param_groups[index], only=place):
+            self._take(dataclasses.replace(call, counts_skipped=counts_skipped), norm, clip_norm)
 
     def _norms(self, calls: list[_Call]) -> dict[torch.device, Tensor]:
         """The norm of all gradients on each device that has some, if a group asks for it."""
-        if not any(group["skip_nonfinite"] or group["clip_norm"] is not None for group in self.param_groups):
+        asked = any(group["skip_nonfinite"] or group["clip_norm"] is not None for group in self.param_groups)
+        if not (asked and calls):
             return {}
-        grads: dict[torch.device, list[Tensor]] = {}
+        # Parts of parameters are added up over the processes that hold the others; the order is the same on each.
+        grads: dict[tuple[torch.device, tuple[Any, ...]], list[Tensor]] = {}
         for call in calls:
-            grads.setdefault(call.device, []).extend(call.plan.grads)
-        norms = {device: global_norm(some) for device, some in grads.items()}
+            for grad, groups in zip(call.plan.grads, call.shard_groups, strict=True):
+                grads.setdefault((call.device, groups), []).append(grad)
+        norms = []
+        for (_, groups), some in grads.items():
+            norm = global_norm(some)
+            if groups:
+                norm.square_()
+                for group in groups:
+                    torch.distributed.all_reduce(norm, group=group)
+                norm.sqrt_()
+            norms.append(norm)
+        total = norms[0]
         if len(norms) > 1:
-            first = next(iter(norms))
-            total = torch.stack([norm.to(first) for norm in norms.values()]).square().sum().sqrt()
-            norms = {device: total.to(device) for device in norms}
-        return norms
+            total = torch.stack([norm.to(total.device) for norm in norms]).square().sum().sqrt()
+        return {device: total.to(device) for device, _ in grads}
 
-    def _calls(self, index: int, group: dict[str, Any]) -> list[_Call]:
-        """One call for each device; nearly always one."""
+    def _calls(self, index: int, group: dict[str, Any], *, only: int | None = None) -> list[_Call]:
+        """One call for each device; nearly always one. `only`: the place of the one parameter to be stepped."""
         calls: dict[torch.device, _Rows] = {}
         names = self._names(group)
         state_of = self.state
         for i, p in enumerate(group["params"]):
             grad = p.grad
-            if grad is None:
+            if grad is None or (only is not None and i != only):
                 continue
             if grad.dtype not in DTYPES or grad.layout is not torch.strided:
                 raise TypeError(
@@ -216,26 +256,32 @@ class Optimizer8bit(torch.optim.Optimizer):
             rows = calls.get(device)
             if rows is None:
                 rows = calls[device] = _Rows()
+            groups: tuple[Any, ...] = ()
+            if is_distributed(p) or is_distributed(grad):
+                groups, grad = shard_groups(p), _part_of_grad(grad, p)
+                p = local(p)
             rows.places.append(i)
             rows.params.append(p)
             rows.grads.append(grad)
+            rows.shard_groups.append(groups)
             # What must not change while a plan is in use: where weights lie, and which tensors the states are.
             rows.key.append((p.data_ptr(), p.dtype, p.shape, p.stride()))
             rows.states.append([state.get(name) for name in names])
         return [
-            _Call(group, device, self._plan(index, group, device, rows), counts_skipped=j == 0)
+            _Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups, counts_skipped=j == 0)
             for j, (device, rows) in enumerate(calls.items())
         ]
 
-    def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows) -> StepPlan:
+    def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> StepPlan:
         layout = {name: group[name] for name in _LAYOUT}
-        cached = self._plans.get((index, device))
+        cached = self._plans.get((index, device, only))
         if cached is not None and cached.layout == layout and cached.rows.key == rows.key:
             same = zip(cached.rows.states, rows.states, strict=True)
             if all(a is b for ours, theirs in same for a, b in zip(ours, theirs, strict=True)):
                 cached.plan.set_grads(rows.grads)
                 return cached.plan
-        for p, states in zip(rows.params, rows.states, strict=True):
+        parts = [[state if state is None else local(state) for state in states] for states in rows.states]
+        for p, states in zip(rows.params, parts, strict=True):
             for state, expected in zip(states, state_shapes(p, rule=self._rule, **layout), strict=False):
                 if expected is not None and (state is None or not fits(state, *expected, device)):
                     raise ValueError(
@@ -244,18 +290,20 @@ class Optimizer8bit(torch.optim.Optimizer):
                     )
         if group["skipped_steps"].device != _device_of(group):
             group["skipped_steps"] = group["skipped_steps"].to(_device_of(group))
-        columns = list(zip(*rows.states, strict=True))
+        columns = list(zip(*parts, strict=True))
         lists = [[] if column[0] is None else list(column) for column in columns]
         plan = StepPlan(
             rows.params,
             rows.grads,
             lists,
             master=group["master"],
+            block_size=group["block_size"],
             keys=self._keys(index, rows.places),
+            first_blocks=[first_block(group["params"][i], group["block_size"]) for i in rows.places],
             impl=OPERATION.on_device(device.type).impl,
         )
         rows.grads = []  # the plan has them, and lets go of them with the next step's
-        self._plans[index, device] = _Plan(layout, rows, plan)
+        self._plans[index, device, only] = _Plan(layout, rows, plan)
         return plan
 
     def _keys(self, index: int, places: list[int]) -> list[int]:
@@ -283,8 +331,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _fresh(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The states of a parameter that has taken no step."""
-        states = OptimizerStates.zeros([p], rule=self._rule, **{name: group[name] for name in _LAYOUT})
-        return {name: one[0] for name, one in zip(self._names(group), states.lists(), strict=True) if name and one}
+        layout = {name: group[name] for name in _LAYOUT}
+        lists = OptimizerStates.zeros([local(p)], rule=self._rule, **layout).lists()
+        named = zip(self._names(group), lists, state_shapes(p, rule=self._rule, **layout), strict=True)
+        return {name: _placed(name, one[0], p, expected[0]) for name, one, expected in named if name and expected}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`: of this optimizer bit for bit, of torch's or bitsandbytes' of the same rule.
@@ -306,7 +356,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         for p, state in self.state.items():
             for name, value in state.items():
                 if isinstance(value, _Kept):
-                    state[name] = value.tensor.detach().to(p.device, copy=True).contiguous()
+                    part = part_of(value.tensor, p) if _is_split(name, p) else value.tensor
+                    part = part.detach().to(p.device, copy=True).contiguous()
+                    state[name] = _placed(name, part, p, value.tensor.shape)
         for group in self.param_groups:
             if "betas" in group:
                 group["betas"] = tuple(group["betas"])
@@ -360,7 +412,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             if not isinstance(value, Tensor) or value.shape != torch.Size(shape) or value.dtype != dtype:
                 came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"{where}: {name} must be {dtype} {tuple(shape)} for this parameter; got {came}")
-            if problem := _nonsense(name, value):
+            try:
+                part = part_of(value, p) if _is_split(name, p) or is_distributed(value) else value
+            except ValueError as error:
+                raise ValueError(f"{where}: {name} {error}") from None
+            if problem := _nonsense(name, part):
                 raise ValueError(f"{where}: {name} must {problem}")
 
 
@@ -390,6 +446,7 @@ class _Rows:
     grads: list[Tensor] = field(default_factory=list)
     key: list[tuple[Any, ...]] = field(default_factory=list)
     states: list[list[Any]] = field(default_factory=list)
+    shard_groups: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -406,12 +463,35 @@ class _Call:
     group: dict[str, Any]
     device: torch.device
     plan: StepPlan
+    shard_groups: list[tuple[Any, ...]]
     counts_skipped: bool
 
 
 @dataclass(frozen=True)
 class _Kept:
     tensor: Tensor
+
+
+def _is_split(name: str, p: Tensor) -> bool:
+    """Whether a state of this name is split among processes as its parameter is; counts are the same on each."""
+    if not is_distributed(p) or name in ("step", "beta_powers"):
+        return False
+    return p.dtype == torch.bfloat16 or not name.startswith("master")
+
+
+def _placed(name: str, part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
+    return as_part(part, p, shape) if _is_split(name, p) else part
+
+
+def _part_of_grad(grad: Tensor, p: Tensor) -> Tensor:
+    try:
+        if is_distributed(p) and not is_distributed(grad):
+            raise ValueError("is a whole one of a parameter that is split among processes")
+        grad = part_of(grad, p)
+    except ValueError as error:
+        raise ValueError(f"the gradient of a parameter of shape {tuple(p.shape)} {error}") from None
+    # What a collective has not delivered yet is waited for here; a kernel would read the memory as it is.
+    return grad.wait() if hasattr(grad, "wait") else grad
 
 
 def _device_of(group: dict[str, Any]) -> torch.device:

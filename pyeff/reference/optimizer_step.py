@@ -1,7 +1,9 @@
 """Adam, AdamW, Lion and SGD with momentum over states in 8 bits, in plain torch: what the kernels compute, to the bit.
 
-Parameters, gradients and codes are cut into blocks of `block_size` elements of the flattened tensor (the last one may
-be shorter); each block of each moment has one fp32 scale. A step reads codes, computes in fp32, and writes codes.
+Parameters, gradients and codes are cut into blocks of `block_size` elements; each block of each moment has one fp32
+scale. Blocks run along the flattened trailing dimensions of each row of the first dimension and the last one of a row
+may be shorter, so that no block is cut where a tensor is split between rows; a vector is one row. A step reads codes,
+computes in fp32, and writes codes.
 With t the number of steps taken including this one:
 
     AdamW   p <- p (1 - lr weight_decay)
@@ -41,7 +43,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CODE = "quartic7-linear_quartic8-flat"
+CODE = "quartic7-linear_quartic8-rows"
 """Names both codes and the layout of their blocks; states in another code are not readable."""
 
 RULES = ("adam", "lion", "sgd")
@@ -284,11 +286,13 @@ def optimizer_step(
     rule: OptimizerRule,
     master: str,
     keys: Sequence[int],
+    first_blocks: Sequence[int] | None = None,
     norm: float = 0.0,
 ) -> bool:
     """One step for every parameter, in place, and whether it was taken: not if `norm` is not finite.
 
-    The layout of the states is `pyeff.ops.OptimizerStates`; lists that a rule does not need are empty.
+    The layout of the states is `pyeff.ops.OptimizerStates`; lists that a rule does not need are empty. first_blocks:
+    where in its parameter each tensor begins, for the random bits, if it is a shard of one.
     """
     if not math.isfinite(norm):
         return False
@@ -308,45 +312,48 @@ def optimizer_step(
             weight = join_from_24_bits(p.detach(), masters[i])
         elif half and master == "fp32":
             weight = masters[i]
-        old, gradient = to_blocks(weight, rule.block_size), to_blocks(g.float(), rule.block_size)
+        row = row_length(p.shape)
+        old, gradient = to_blocks(weight, rule.block_size, row), to_blocks(g.float(), rule.block_size, row)
         if s.clip != 1.0:
             gradient = gradient * s.clip
         if s.l2 != 0.0:
             gradient = gradient + old * s.l2
         # Padding decodes to positive v, which must not raise the scale of the last block.
-        inside = to_blocks(torch.ones(p.numel(), dtype=torch.bool, device=p.device), rule.block_size)
+        inside = to_blocks(torch.ones(p.numel(), dtype=torch.bool, device=p.device), rule.block_size, row)
         if rule.coded:
-            factor = first_scale[i] * s.first_in if rule.rule == "adam" else first_scale[i]
-            m = decode_signed(to_blocks(first[i], rule.block_size), factor)
+            factor = first_scale[i].flatten() * (s.first_in if rule.rule == "adam" else 1.0)
+            m = decode_signed(to_blocks(first[i], rule.block_size, row), factor)
             root = None
             if second:
-                root = decode_root(to_blocks(second[i], rule.block_size), second_scale[i] * s.second_in * (1 / 256))
+                factor = second_scale[i].flatten() * s.second_in * (1 / 256)
+                root = decode_root(to_blocks(second[i], rule.block_size, row), factor)
             new, m, root = update(rule, s, old, gradient, m, root)
             code, scale = encode_signed(m.where(inside, 0.0), s.first_out)
-            first[i].copy_(from_blocks(code, p))
-            first_scale[i].copy_(scale)
+            first[i].copy_(from_blocks(code, p, row))
+            first_scale[i].copy_(scale.view_as(first_scale[i]))
             if root is not None:
                 code, scale = encode_root(root.where(inside, 0.0), s.second_out)
-                second[i].copy_(from_blocks(code, p))
-                second_scale[i].copy_(scale)
+                second[i].copy_(from_blocks(code, p, row))
+                second_scale[i].copy_(scale.view_as(second_scale[i]))
         else:
-            moments = [to_blocks(x[i], rule.block_size) if x else None for x in (first, second)]
+            moments = [to_blocks(x[i], rule.block_size, row) if x else None for x in (first, second)]
             assert moments[0] is not None
             new, m, square = update(rule, s, old, gradient, moments[0], moments[1])
-            first[i].copy_(from_blocks(m, p))
+            first[i].copy_(from_blocks(m, p, row))
             if square is not None:
-                second[i].copy_(from_blocks(square, p))
+                second[i].copy_(from_blocks(square, p, row))
         if half and master == "stochastic":
-            random = random_bits(new.shape[0], rule.block_size, s.stream).to(p.device)
-            p.copy_(from_blocks(round_at_random(new, random), p))
+            start = first_blocks[i] if first_blocks else 0
+            random = random_bits(new.shape[0], rule.block_size, s.stream, first_block=start).to(p.device)
+            p.copy_(from_blocks(round_at_random(new, random), p, row))
         elif half and master == "ecc8":
             halves, errors = split_in_24_bits(new)
-            p.copy_(from_blocks(halves, p))
-            masters[i].copy_(from_blocks(errors, p))
+            p.copy_(from_blocks(halves, p, row))
+            masters[i].copy_(from_blocks(errors, p, row))
         else:
-            p.copy_(from_blocks(new, p))
+            p.copy_(from_blocks(new, p, row))
             if half and master == "fp32":
-                masters[i].copy_(from_blocks(new, p))
+                masters[i].copy_(from_blocks(new, p, row))
     return True
 
 
@@ -399,13 +406,19 @@ def _largest_finite(magnitude: Tensor) -> Tensor:
     return torch.where(magnitude.isfinite(), magnitude, 0.0).amax(1)
 
 
-def to_blocks(x: Tensor, block_size: int) -> Tensor:
-    """The flattened tensor as [blocks, block_size], the last block filled up with zeros."""
-    flat = x.reshape(-1)
-    short = -flat.numel() % block_size
-    return torch.cat([flat, flat.new_zeros(short)]).view(-1, block_size)
+def row_length(shape: Sequence[int]) -> int:
+    """The number of consecutive elements that are cut into blocks of their own: of one row, or of a whole vector."""
+    return math.prod(shape[1:] if len(shape) > 1 else shape)
 
 
-def from_blocks(blocks: Tensor, like: Tensor) -> Tensor:
+def to_blocks(x: Tensor, block_size: int, row: int | None = None) -> Tensor:
+    """The flattened tensor as [blocks, block_size], the last block of each `row` elements filled up with zeros."""
+    rows = x.reshape(-1, row or max(x.numel(), 1))
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size)).view(-1, block_size)
+
+
+def from_blocks(blocks: Tensor, like: Tensor, row: int | None = None) -> Tensor:
     """The inverse of `to_blocks`: a tensor of the shape of `like`."""
-    return blocks.reshape(-1)[: like.numel()].view(like.shape)
+    row = row or max(like.numel(), 1)
+    width = -(-row // blocks.shape[1]) * blocks.shape[1]
+    return blocks.reshape(-1, width)[:, :row].reshape(like.shape)

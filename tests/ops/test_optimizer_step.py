@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADAMW = OptimizerRule("adam", lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 DTYPES = (torch.float32, torch.bfloat16)
 # Around the width of a vector and of a block, more than one block a thread, nothing at all, and a scalar.
-SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (255,), (256,), (257,), (37, 19), (5, 4096), (3, 0, 2)]
+SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (255,), (256,), (257,), (37, 19), (5, 4096), (3, 0, 2), (5, 300)]
 ALL_CODES = torch.arange(256, dtype=torch.uint8)[None]
 
 

@@ -476,7 +476,7 @@ def test_states_of_bitsandbytes_are_read(tmp_path: Path) -> None:
     coded = AdamW8bit([large, small])
     coded.load_state_dict(saved)
     decoded = decode_moment(coded.state[large]["exp_avg_code"], coded.state[large]["exp_avg_scale"], 256)
-    scale = coded.state[large]["exp_avg_scale"][blocks].view(5, 1000)
+    scale = coded.state[large]["exp_avg_scale"].repeat_interleave(256, dim=1)[:, :1000]
     assert ((decoded - expected_m).abs() <= scale / 16).all()
     del hidden["absmax2"]
     with pytest.raises(ValueError, match="qmap2 and absmax2"):

@@ -1,0 +1,98 @@
+"""Split among processes, a step has the bits it has in one, and a checkpoint goes on at any number of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sharded_runs import STEPS, everything, network, optimizer_of, take_steps
+from torch import Tensor
+
+WORLDS = (1, 2, 4)
+
+
+def run(cases: str, world: int, folder: Path) -> None:
+    program = Path(__file__).parents[1] / "sharded_runs.py"
+    ran = subprocess.run(
+        [sys.executable, str(program), cases, str(world), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases at all numbers of processes, each number in one start of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for world in WORLDS:
+        run("steps,clipped,trained" + (",refused" if world == 2 else ""), world, folder)
+    for world in WORLDS:
+        run("resumed", world, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unsplit() -> dict[str, Tensor]:
+    model = network()
+    optimizer = optimizer_of(model)
+    take_steps(model, optimizer, range(STEPS))
+    return everything(model, optimizer)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_steps_of_parts_have_the_bits_of_steps_of_the_whole(world: int, runs: Path, unsplit: dict[str, Tensor]) -> None:
+    """Weights of both dtypes, codes, scales, counts and random bits, rows divided unevenly."""
+    assert_same(load_file(runs / f"steps-{world}.safetensors"), unsplit)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_checkpoint_of_any_number_of_processes_goes_on_bit_for_bit(
+    world: int, runs: Path, unsplit: dict[str, Tensor]
+) -> None:
+    found = load_file(runs / f"resumed-{world}.safetensors")
+    assert_same(found, {f"{saved}.{name}": value for saved in WORLDS for name, value in unsplit.items()})
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_parts_and_skipped_together(runs: Path) -> None:
+    model = network()
+    optimizer = optimizer_of(model, clip_norm=0.5)
+    take_steps(model, optimizer, range(1))
+    squares = sum(p.grad.double().square().sum() for p in model.parameters())
+    for world in WORLDS:
+        found = load_file(runs / f"clipped-{world}.safetensors")
+        assert found["skipped"] == 1
+        # Squares are added in fp32 in chunks of 4096: sixteen in a lane, then eight halvings.
+        assert abs(found["norm"] ** 2 - squares) <= 25 * torch.finfo(torch.float32).eps * squares
+        for name, p in model.named_parameters():
+            # The norm's last bits, and so at most a rounding of the clipping coefficient, depend on the split.
+            step = 1e-2 if p.dtype == torch.float32 else 2**-7
+            assert ((found[name].double() - p.double()).abs() <= step / 8).all(), name
+
+
+def test_fsdp_and_ddp_train_as_one_process_does(runs: Path) -> None:
+    one = load_file(runs / "trained-1.safetensors")
+    for world in WORLDS[1:]:
+        found = load_file(runs / f"trained-{world}.safetensors")
+        for name, value in found.items():
+            # Adam's first steps are lr times a sign; gradients differ by the order in which they were added up.
+            far = (value - one[name]).abs() > 1e-2 / 8
+            assert far.double().mean() < 0.01, name
+
+
+def test_splits_that_cut_blocks_are_refused_by_every_process(runs: Path) -> None:
+    assert load_file(runs / "refused-2.safetensors")["done"] == 1

@@ -1,0 +1,210 @@
+"""What each process of a distributed test does; started by test_sharding.py as `sharded_runs.py CASE WORLD FOLDER`.
+
+Every case writes what it ended with, gathered to whole tensors, to FOLDER/CASE-WORLD.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyeff.optim import AdamW8bit, Optimizer8bit
+
+STEPS, MIDDLE = 4, 2
+
+
+def network() -> nn.Module:
+    """Rows of whole blocks, rows that end in a part of one, rows that no number of processes divides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(13, 300), nn.Linear(300, 70), nn.Linear(70, 512), nn.Linear(512, 6))
+    model[2].bfloat16()
+    return model
+
+
+def optimizer_of(model: nn.Module, **options: Any) -> Optimizer8bit:
+    """Vectors in fp32, as the documentation says; weights of both dtypes, stochastic rounding among them."""
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    vectors = [(name, p) for name, p in model.named_parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "states": "fp32", "master": "ecc8", "weight_decay": 0.0}]
+    return AdamW8bit(groups, lr=1e-2, **options)
+
+
+def take_steps(model: nn.Module, optimizer: Optimizer8bit, steps: range) -> None:
+    """Steps on gradients that depend on the step and the parameter's name alone."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for step in steps:
+        for i, p in enumerate(model.parameters()):
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
+            g *= (10.0 ** (torch.arange(g.numel()) % 7 - 3)).view_as(g).to(p.dtype)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        optimizer.step()
+
+
+def whole(x: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def everything(model: nn.Module, optimizer: Optimizer8bit) -> dict[str, Tensor]:
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = whole(p)
+        for key, value in optimizer.state[p].items():
+            found[f"{name}.{key}"] = whole(value)
+    return found
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def checkpoint(model: nn.Module, optimizer: Optimizer8bit, folder: Path, *, load: bool = False) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, states = get_state_dict(model, optimizer)
+    tree = {"model": weights, "optimizer": states}
+    if not load:
+        dcp.save(tree, checkpoint_id=folder)
+        return
+    dcp.load(tree, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=tree["model"], optim_state_dict=tree["optimizer"])
+
+
+def steps(world: int, folder: Path) -> dict[str, Tensor]:
+    """FSDP2; saves a checkpoint in the middle."""
+    model = sharded(network())
+    optimizer = optimizer_of(model)
+    take_steps(model, optimizer, range(MIDDLE))
+    checkpoint(model, optimizer, folder / f"checkpoint-{world}")
+    take_steps(model, optimizer, range(MIDDLE, STEPS))
+    return everything(model, optimizer)
+
+
+def resumed(world: int, folder: Path) -> dict[str, Tensor]:
+    """Goes on from the checkpoint of every world size and ends alike, whatever its own."""
+    found = {}
+    for saved in (1, 2, 4):
+        model = sharded(network())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        optimizer = optimizer_of(model, seed=0)
+        checkpoint(model, optimizer, folder / f"checkpoint-{saved}", load=True)
+        take_steps(model, optimizer, range(MIDDLE, STEPS))
+        found |= {f"{saved}.{name}": value for name, value in everything(model, optimizer).items()}
+    return found
+
+
+def clipped(world: int, folder: Path) -> dict[str, Tensor]:
+    """The norm is that of all parts; a NaN in one process's part skips the step in every process."""
+    model = sharded(network())
+    optimizer = optimizer_of(model, clip_norm=0.5)
+    take_steps(model, optimizer, range(1))
+    found = everything(model, optimizer)
+    norm = optimizer._norms([c for i, g in enumerate(optimizer.param_groups) for c in optimizer._calls(i, g)])
+    found["norm"] = next(iter(norm.values()))
+    if dist.get_rank() == 0:
+        next(model.parameters()).grad.to_local()[0, 0] = torch.nan
+    optimizer.step()
+    for name, value in everything(model, optimizer).items():
+        assert torch.equal(value, found[name]), name
+    skipped = torch.tensor([optimizer.skipped_steps])
+    dist.all_reduce(skipped)
+    found["skipped"] = skipped // world
+    return found
+
+
+def trained(world: int, folder: Path) -> dict[str, Tensor]:
+    """A backward through FSDP2 and one through DDP, each on its share of one batch."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, found = dist.get_rank(), {}
+    for kind in ("fsdp", "ddp"):
+        model = network().float()
+        names = [name for name, _ in model.named_parameters()]
+        wrapped = sharded(model) if kind == "fsdp" else DistributedDataParallel(model)
+        optimizer = optimizer_of(model)
+        for step in range(2):
+            tokens = torch.randint(0, 13, (8,), generator=torch.Generator().manual_seed(step))
+            wrapped(tokens[rank :: dist.get_world_size()]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in everything(model, optimizer).items():
+            if name in names:
+                found[f"{kind}.{name}"] = value
+                if kind == "ddp":
+                    same = value.clone()
+                    dist.broadcast(same, 0)
+                    assert torch.equal(same, value), name
+    return found
+
+
+def refused(world: int, folder: Path) -> dict[str, Tensor]:
+    """A split that cuts a block, and one between columns, raise on every process before anything is changed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    for shape, dim, options, match in (
+        ((300,), 0, {}, "cuts its blocks of 256"),
+        ((300,), 0, {"states": "fp32"}, "states='fp32' and master='ecc8'"),
+        ((8, 512), 1, {}, "along dimension 0 only"),
+    ):
+        p = nn.Parameter(distribute_tensor(torch.zeros(shape, dtype=torch.bfloat16), mesh, [Shard(dim)]))
+        with pytest.raises(ValueError, match=match):
+            AdamW8bit([p], **options)
+    vector = nn.Parameter(distribute_tensor(torch.zeros(512 * world), mesh, [Shard(0)]))
+    AdamW8bit([vector])
+    matrix = nn.Parameter(distribute_tensor(torch.zeros(8, 300), mesh, [Shard(0)]))
+    optimizer = AdamW8bit([matrix])
+    saved = AdamW8bit([nn.Parameter(torch.zeros(8, 300))])
+    plain = saved.param_groups[0]["params"][0]
+    plain.grad = torch.ones(8, 300)
+    saved.step()
+    optimizer.load_state_dict(saved.state_dict())
+    assert torch.equal(whole(optimizer.state[matrix]["exp_avg_code"]), saved.state[plain]["exp_avg_code"])
+    with pytest.raises(ValueError, match="full_tensor"):
+        saved.load_state_dict(optimizer.state_dict())
+    return {"done": torch.ones(())}
+
+
+CASES = {case.__name__: case for case in (steps, resumed, clipped, trained, refused)}
+
+
+def process(rank: int, cases: list[str], world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store-{os.getppid()}", world), rank=rank,
+                            world_size=world)  # fmt: skip
+    for case in cases:
+        found = CASES[case](world, Path(folder))
+        if rank == 0:
+            save_file({k: v.contiguous() for k, v in found.items()}, Path(folder) / f"{case}-{world}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.start_processes(
+        process,
+        args=(sys.argv[1].split(","), int(sys.argv[2]), sys.argv[3]),
+        nprocs=int(sys.argv[2]),
+        start_method="fork",
+    )
