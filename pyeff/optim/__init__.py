@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from pyeff.optim.engine import Optimizer8bit
 from pyeff.optim.optimizers import Adam8bit, AdamW8bit, Lion8bit, SGD8bit
+from pyeff.optim.release import GradientRelease
 
-__all__ = ["Adam8bit", "AdamW8bit", "Lion8bit", "Optimizer8bit", "SGD8bit"]
+__all__ = ["Adam8bit", "AdamW8bit", "GradientRelease", "Lion8bit", "Optimizer8bit", "SGD8bit"]

@@ -1,0 +1,160 @@
+"""Steps inside the backward: a gradient is used and freed where it is made, instead of kept until all are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from pyeff.ops.global_norm import global_norm
+from pyeff.optim.engine import Optimizer8bit
+from pyeff.optim.sharding import is_distributed
+
+CLIPS = ("two-pass", "delayed")
+
+
+class GradientRelease:
+    """Let `optimizer` step each parameter as soon as the backward has made its gradient, and free the gradient then.
+
+    Memory for gradients falls from that of all parameters to that of the largest few. Without clipping the weights
+    are bit for bit those of a backward followed by `optimizer.step()`, if every parameter is used once in the graph or
+    its uses add up before the hook runs (autograd sees to it).
+
+    clip_norm: the largest norm of all gradients together. clip="two-pass" is exact and costs a second backward: the
+    first pass only measures the norm, each gradient freed after its squares are added. clip="delayed" is an
+    approximation that costs nothing: it scales by min(1, clip_norm / norm) with the norm of the *previous* step, so a
+    sudden large gradient passes unclipped once, and is followed by a step that is clipped too much; the first step is
+    not clipped. The optimizer's own clip_norm and skip_nonfinite need all gradients at once and must be off. With
+    two-pass clipping a norm that is not finite takes no step at all and is counted in `skipped_steps`.
+
+    Each call of `backward` is one optimizer step, so gradients cannot be accumulated over several. Raises ValueError
+    for options that do not go together, for parameters that already have gradients and for DTensors.
+
+    Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources (LOMO, 2023).
+
+    >>> import torch
+    >>> from pyeff.optim import AdamW8bit, GradientRelease
+    >>> model = torch.nn.Linear(8, 2)
+    >>> optimizer = AdamW8bit(model.parameters(), lr=1e-2)
+    >>> with GradientRelease(optimizer, clip_norm=1.0) as release:
+    ...     loss = release.backward(lambda: model(torch.ones(3, 8)).square().mean())
+    >>> model.weight.grad is None, int(optimizer.state[model.weight]["step"])
+    (True, 1)
+    """
+
+    def __init__(self, optimizer: Optimizer8bit, *, clip_norm: float | None = None, clip: str = "two-pass") -> None:
+        if not isinstance(optimizer, Optimizer8bit):
+            raise TypeError(f"optimizer must be one of pyeff.optim; got {type(optimizer).__name__}")
+        if clip not in CLIPS:
+            raise ValueError(f"clip must be one of {', '.join(CLIPS)}; got {clip!r}")
+        if clip_norm is not None and not 0.0 < clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be > 0 and finite, or None not to clip; got {clip_norm!r}")
+        for group in optimizer.param_groups:
+            if group["clip_norm"] is not None or group["skip_nonfinite"]:
+                raise ValueError(
+                    "the optimizer must have clip_norm=None and skip_nonfinite=False, which need all gradients at "
+                    "once; give clip_norm to GradientRelease"
+                )
+            for p in group["params"]:
+                if is_distributed(p):
+                    raise ValueError(
+                        f"parameters must be plain tensors; got a DTensor of shape {tuple(p.shape)}, whose gradients "
+                        "are reduced after the backward has made them"
+                    )
+                if p.grad is not None:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a gradient already, which would be added to the "
+                        "first step's; zero_grad() first"
+                    )
+        self.optimizer, self.clip_norm, self.clip = optimizer, clip_norm, clip
+        self.norm: Tensor | None = None
+        """The norm of all gradients of the last step, float64; None before the first, or without clipping."""
+        self._squares: dict[torch.device, Tensor] = {}
+        self._measures = self._steps = False
+        self._clip_by: Tensor | None = None
+        self._counted: set[int] = set()
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._hook(index, place))
+            for index, group in enumerate(optimizer.param_groups)
+            for place, p in enumerate(group["params"])
+            if p.requires_grad
+        ]
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off; the optimizer is then again what it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def backward(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Compute a loss, run its backward and take a step; returns the loss without its graph.
+
+        With two-pass clipping `loss` is called twice and must give the same both times: the states of torch's random
+        generators are put back between the calls. Nothing waits for the device.
+        """
+        if not self._hooks:
+            raise ValueError("this GradientRelease was closed; make a new one")
+        two_passes = self.clip_norm is not None and self.clip == "two-pass"
+        delayed = self.clip_norm is not None and self.clip == "delayed"
+        self._clip_by = None
+        if two_passes:
+            with torch.random.fork_rng():
+                self._pass(loss(), measures=True, steps=False)
+            self._clip_by = self.norm = self._total()
+        elif self.norm is not None:
+            # A norm that is not finite belongs to a step that was taken; it must not skip this one.
+            self._clip_by = torch.where(self.norm.isfinite(), self.norm, 0.0)
+        value = loss()
+        self._pass(value, measures=delayed, steps=True)
+        if delayed:
+            self.norm = self._total()
+        return value.detach()
+
+    def _pass(self, value: Tensor, *, measures: bool, steps: bool) -> None:
+        self._squares, self._counted = {}, set()
+        self._measures, self._steps = measures, steps
+        try:
+            value.backward()
+        finally:
+            self._measures = self._steps = False
+
+    def _total(self) -> Tensor:
+        squares = list(self._squares.values())
+        total = torch.zeros((), dtype=torch.float64) if not squares else squares[0]
+        for square in squares[1:]:
+            total = total + square.to(total.device)
+        return total.sqrt()
+
+    def _hook(self, index: int, place: int) -> Callable[[Tensor], None]:
+        def use(p: Tensor) -> None:
+            if not (self._measures or self._steps):
+                return  # someone else's backward
+            assert p.grad is not None
+            if self._measures:
+                square = global_norm([p.grad.detach()]).square()
+                before = self._squares.get(p.device)
+                self._squares[p.device] = square if before is None else before + square
+            if self._steps:
+                norm = None if self._clip_by is None else self._clip_by.to(p.device)
+                self.optimizer.step_parameter(
+                    index,
+                    place,
+                    norm=norm,
+                    clip_norm=None if norm is None else self.clip_norm,
+                    counts_skipped=index not in self._counted,
+                )
+                self._counted.add(index)
+            p.grad = None
+
+        return use

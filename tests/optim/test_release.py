@@ -1,0 +1,109 @@
+"""Steps inside the backward have the bits of steps after it, and keep no gradient."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyeff.optim import AdamW8bit, GradientRelease
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 300), nn.Linear(300, 40), nn.Dropout(0.5), nn.Linear(40, 3))
+    model[1].bfloat16()
+    return model
+
+
+def loss_of(model: nn.Module, step: int, scale: float = 1.0) -> Tensor:
+    tokens = torch.randint(0, 9, (16,), generator=torch.Generator().manual_seed(step))
+    x = model[1](model[0](tokens).bfloat16()).float()
+    return scale * model[3](model[2](x)).square().mean()
+
+
+def both(steps: int, *, ours: dict[str, Any], theirs: dict[str, Any], scale: float = 1.0) -> tuple[Any, ...]:
+    """Runs with and without release, from the same weights and dropout; and the norms of the latter's gradients."""
+    a = network()
+    b = copy.deepcopy(a)
+    optimizers = AdamW8bit(a.parameters(), lr=1e-2), AdamW8bit(b.parameters(), lr=1e-2, **theirs)
+    norms = []
+    release = GradientRelease(optimizers[0], **ours)
+    for step in range(steps):
+        torch.manual_seed(step)
+        release.backward(lambda step=step: loss_of(a, step, scale))
+        assert all(p.grad is None for p in a.parameters())
+        torch.manual_seed(step)
+        loss_of(b, step, scale).backward()
+        norms.append(torch.stack([p.grad.double().norm() for p in b.parameters()]).norm())
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    return a, b, release, norms
+
+
+def test_without_clipping_the_bits_are_those_of_a_step_after_the_backward() -> None:
+    a, b, release, _ = both(3, ours={}, theirs={})
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    release.close()
+    loss_of(a, 0).backward()
+    assert all(p.grad is not None for p in a.parameters())
+
+
+def test_two_passes_clip_by_the_norm_of_all_gradients_and_repeat_the_dropout() -> None:
+    a, b, release, norms = both(1, ours={"clip_norm": 0.01}, theirs={"clip_norm": 0.01}, scale=30.0)
+    assert norms[-1] > 1.0, "there must be something to clip"
+    # Squares are added in fp32 in chunks of 4096, sixteen in a lane, then eight halvings.
+    assert abs(release.norm - norms[-1]) <= 25 * torch.finfo(torch.float32).eps * norms[-1]
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        # The coefficients differ by a rounding at most, and so do the steps of lr; in bf16 that is a last place.
+        last = torch.finfo(p.dtype).eps * q.abs().clamp_min(1e-2) * 2
+        assert ((p - q).abs() <= last).all()
+
+
+def test_delayed_clipping_uses_the_norm_of_the_step_before() -> None:
+    a = nn.Parameter(torch.zeros(300))
+    optimizer = AdamW8bit([a], lr=0.0, betas=(0.5, 0.5), states="fp32")
+    release = GradientRelease(optimizer, clip_norm=1.0, clip="delayed")
+    seen = []
+    for size in (4.0, 2.0, 0.0):
+        release.backward(lambda size=size: (a * size).sum() / 300**0.5)
+        seen.append(optimizer.state[a]["exp_avg"].norm().item())
+    # m is halved and gets half of the gradient: 4 unclipped, 2 by the norm 4, nothing by the norm 2.
+    assert seen == pytest.approx([2.0, 1.0 + 0.25, 0.625], rel=64 * torch.finfo(torch.float32).eps)
+    assert release.norm == 0.0
+
+
+def test_a_norm_that_is_not_finite_skips_the_step_of_every_parameter() -> None:
+    model = network()
+    optimizer = AdamW8bit(model.parameters())
+    before = copy.deepcopy(model)
+    with GradientRelease(optimizer, clip_norm=1.0) as release:
+        release.backward(lambda: loss_of(model, 0) * torch.inf)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    assert optimizer.skipped_steps == 1
+    assert all(optimizer.state[p]["step"] == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "mine", "match"),
+    [
+        ({"clip_norm": 1.0}, {}, "all gradients at once"),
+        ({"skip_nonfinite": True}, {}, "all gradients at once"),
+        ({}, {"clip_norm": 0.0}, "clip_norm must be > 0"),
+        ({}, {"clip": "later"}, "clip must be one of"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: Any, mine: Any, match: str) -> None:
+    optimizer = AdamW8bit([nn.Parameter(torch.ones(3))], **options)
+    with pytest.raises(ValueError, match=match):
+        GradientRelease(optimizer, **mine)
+
+
+def test_gradients_that_are_already_there_are_refused() -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="has a gradient already"):
+        GradientRelease(AdamW8bit([p]))
