@@ -480,7 +480,8 @@ class TargetSimilarities:
 
     Args:
         features: The pool's, [N, D].
-        targets: Those of the targets, [M, D], of the same method.
+        targets: Those of the targets, [M, D], of the same method and, if they are sketches, with the same sketch; its
+            variant may differ, as in LESS, which compares updates with gradients.
         cosine: Divide by the norms.
         center: Subtract the pool's mean; one more reading of the pool.
         device: Where products are formed, float32 ("cuda" where there is one and many targets).
@@ -500,11 +501,9 @@ class TargetSimilarities:
         device: torch.device | str = "cpu",
     ) -> None:
         for key in ("method", "dim", "sketch"):
-            if features.header.get(key) != targets.header.get(key):
-                raise ValueError(
-                    f"features and targets must agree in their {key}, got {features.header.get(key)!r} and "
-                    f"{targets.header.get(key)!r}"
-                )
+            own, other = (_comparable(each.header.get(key)) for each in (features, targets))
+            if own != other:
+                raise ValueError(f"features and targets must agree in their {key}, got {own!r} and {other!r}")
         models = [each.header.get("model") for each in (features, targets)]
         if all(models) and models[0] != models[1]:
             raise ValueError("features and targets must be of one model, but their headers name two")
@@ -548,6 +547,11 @@ class TargetSimilarities:
         product = self._ready(torch.from_numpy(rows).to(self._device)) @ self._targets.T
         found: NDArray[np.float32] = product.cpu().numpy()
         return found
+
+
+def _comparable(value: Any) -> Any:
+    """A header's entry without the variant of a sketch: LESS compares AdamW's updates with gradients."""
+    return {k: v for k, v in value.items() if k != "variant"} if isinstance(value, dict) else value
 
 
 def _mean(features: Features) -> NDArray[np.float64]:

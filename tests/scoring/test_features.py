@@ -183,7 +183,7 @@ def damage(path: Path, what: str) -> None:
         filled(path.parent / "g", noise(seed=1), other=1)
         part.write_bytes(sorted((path.parent / "g").glob("part-*"))[0].read_bytes())
     else:
-        (path / "header.json").write_text(what)
+        (path / "_header.json").write_text(what)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,13 @@ def damage(path: Path, what: str) -> None:
         ("missing", "holds 0 of 60 features"),
         ("another table", "does not hold features"),
         ("a part of others", "part of other features"),
-        ("{", "header.json cannot be read"),
+        ("{", "_header.json cannot be read"),
         ("[]", "is not the header of features"),
-        (json.dumps({"kind": "features", "method": "x", "dtype": "int4", "dim": 3}), "is not the header of features"),
-        (json.dumps({"method": "EL2N"}), "holds scores, not features"),
+        (
+            json.dumps({"format": 1, "kind": "features", "method": "x", "dtype": "int4", "dim": 3}),
+            "is not the header of features",
+        ),
+        (json.dumps({"format": 1, "method": "EL2N"}), "holds scores, not features"),
     ],
 )
 def test_a_damaged_or_foreign_store_is_named_and_left_as_it_is(tmp_path: Path, what: str, words: str) -> None:
@@ -302,7 +305,7 @@ def test_scores_by_targets_stand_in_the_order_of_the_data_set_with_what_they_cos
     [
         (filled(None, noise(3, 11)), "agree in their dim, got 12 and 11"),
         (filled(None, noise(3), method="others"), "agree in their method"),
-        (filled(None, noise(3), sketch={"seed": 1}), "agree in their sketch"),
+        (filled(None, noise(3), sketch={"seed": 1, "variant": "gradient"}), "agree in their sketch"),
         (filled(None, noise(3) * np.nan), "targets must be finite, but 's0' is not"),
         (filled(None, noise(0)), "at least one row"),
     ],
@@ -310,3 +313,9 @@ def test_scores_by_targets_stand_in_the_order_of_the_data_set_with_what_they_cos
 def test_targets_of_another_kind_are_refused(targets: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TargetSimilarities(filled(None, noise()), targets)
+
+
+def test_sketches_of_updates_are_compared_with_those_of_gradients() -> None:
+    pool = filled(None, noise(), sketch={"seed": 1, "variant": "adamw"})
+    targets = filled(None, noise(3, seed=1), sketch={"seed": 1, "variant": "gradient"})
+    assert TargetSimilarities(pool, targets).shape == (60, 3)
