@@ -61,8 +61,13 @@ class Forecaster:
         if self.promise is not None:
             outcome = {"predicted": self.promise.rate, "scale": self.promise.scale, "realised": rate}
             calibration, cusum = calibration.observed(**outcome), cusum.observed(**outcome)
-        level = self._moved(interval.midpoint, slowing, scatter) or LocalLevel()
-        spread = scatter * max(abs(level.mean), abs(rate))
+        level = self._moved(interval.midpoint, slowing, scatter)
+        if level is None:
+            level, spread = LocalLevel(), scatter * abs(rate)
+        else:
+            # A rate far from the level is more likely a change of the level than a rare error: follow it.
+            surprise = scatter * (rate - level.mean)
+            level, spread = replace(level, variance=max(level.variance, surprise**2)), scatter * abs(level.mean)
         return replace(
             self,
             level=level.measured(rate, max(error**2 + spread**2, _SMALLEST)),
