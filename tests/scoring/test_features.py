@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -319,3 +321,22 @@ def test_sketches_of_updates_are_compared_with_those_of_gradients() -> None:
     pool = filled(None, noise(), sketch={"seed": 1, "variant": "adamw"})
     targets = filled(None, noise(3, seed=1), sketch={"seed": 1, "variant": "gradient"})
     assert TargetSimilarities(pool, targets).shape == (60, 3)
+
+
+def test_scores_are_formed_without_holding_the_features(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(features, "_GROUP_BYTES", 1 << 18)
+    n, dim = 2000, 1024
+    filled(tmp_path / "x", noise(n, dim), dtype="float16", step=500)
+    similar = TargetSimilarities(read_features(tmp_path / "x"), filled(None, noise(3, dim)))
+    arrow_memory, most = pa.default_memory_pool(), 0
+    before = arrow_memory.bytes_allocated()
+    tracemalloc.start()
+    try:
+        for _ in similar.blocks():
+            most = max(most, arrow_memory.bytes_allocated() - before)
+        round_robin(similar, 100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Some copies of a group of 64 rows, of 2000.
+    assert peak + most < 4 * n * dim / 4
