@@ -67,7 +67,8 @@ def checkpoint(
             Nothing happens to tensors on the CPU.
         compress: "fp8" (e4m3) or "int8", with an fp32 scale for every 128 elements: layers' inputs that require a
             gradient take about half of bfloat16's bytes. The re-run then starts from an input off by half a step, and
-            the gradient is off by as much; see docs/checkpointing.md for measurements.
+            the gradient is off too: with fp8 about as far as bfloat16 is from float32, with int8 more where activations
+            have outliers, as those of trained models do; see docs/checkpointing.md.
         strict: Raise `AttentionRerunError` where a kept layer runs no `pyeff.attention`, or where the backward pass
             would run it again; if False, it runs, and `attention_runs` tells.
 
