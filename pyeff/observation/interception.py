@@ -483,6 +483,68 @@ def _norm(
     return ObservedNorm.apply(x, w, b, tuple(shape), eps, center, w_use, b_use)
 
 
+@_handles(F.batch_norm)
+def _batch_norm(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_mean is None or running_var is None:  # statistics of the batch mix its samples
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def layer(w: Tensor | None, b: Tensor | None) -> Tensor:
+        return func(input, running_mean, running_var, w, b, training, momentum, eps)
+
+    return _by_channel(mode, layer, input, weight, bias)
+
+
+@_handles(F.group_norm)
+def _group_norm(
+    mode: Interception,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _by_channel(mode, lambda w, b: func(input, num_groups, w, b, eps), input, weight, bias)
+
+
+def _by_channel(
+    mode: Interception,
+    layer: Callable[[Tensor | None, Tensor | None], Tensor],
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+) -> Tensor:
+    """`layer(gain, offset)` of x [samples, C, ...]: without them it keeps the samples apart, and then come these."""
+    w_ref, b_ref = mode.ref(w), mode.ref(b)
+    if w_ref is None and b_ref is None:
+        return layer(w, b)
+    normalised = layer(None, None)
+    y = normalised.movedim(1, -1).to(torch.promote_types(normalised.dtype, torch.float32))
+    # What is known of x holds for y, which is new.
+    seen = x if mode.is_moved(x) or mode.is_fixed(x) else y
+    w_use = mode.use(w_ref, "vector", seen, y.ndim - 1, w.numel()) if w is not None else None
+    b_use = mode.use(b_ref, "vector", seen, y.ndim - 1, b.numel()) if b is not None else None
+    if w_use is None and b_use is None:
+        return layer(w, b)
+    if w is not None:
+        y = y * w if w_use is None else ObservedScale.apply(y, w, w_use)
+    if b is not None:
+        y = y + b if b_use is None else ObservedShift.apply(y, b, b_use)
+    # Laid out as the layer's own result, which may be viewed.
+    return torch.empty_like(normalised).copy_(y.movedim(-1, 1))
+
+
 @_handles(torch.conv1d, torch.conv2d)
 def _convolution(
     mode: Interception,

@@ -71,6 +71,12 @@ class Scaled(nn.Module):
         return F.linear(x, 0.5 * self.weight.to(x.dtype)) * (self.gain * 3 + 1)
 
 
+def _evaluated(norm: nn.Module) -> nn.Module:
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    return norm.eval()
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 7, 6)),
     "linear of one token": (lambda: nn.Linear(6, 5, bias=False), (3, 6)),
@@ -83,6 +89,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(1, 0)), (3, 4, 6, 5)),
     "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same", bias=False), (3, 4, 6, 5)),
     "depthwise conv2d": (lambda: nn.Conv2d(4, 8, 3, groups=4), (3, 4, 6, 5)),
+    "batch norm in evaluation": (lambda: _evaluated(nn.BatchNorm2d(4)), (3, 4, 6, 5)),
+    "batch norm of rows in evaluation": (lambda: _evaluated(nn.BatchNorm1d(6)), (3, 6)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (3, 4, 6, 5)),
+    "group norm of rows": (lambda: nn.GroupNorm(2, 6), (3, 6)),
     "scaled": (Scaled, (3, 4, 6)),
     "gains": (Gains, (3, 4, 6)),
     "positions": (Positions, (3, 4, 6)),
@@ -156,3 +166,53 @@ def test_images_of_one_sample_count_together(gradient: bool) -> None:
         seen.segments(torch.tensor(cuts))
         observed_model(x).square().sum().backward()
     assert_as_accurate(seen.grad_norms, norms[0].sqrt(), norms[1].sqrt(), multiple=8.0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("make", [lambda: _evaluated(nn.BatchNorm2d(4)), lambda: nn.GroupNorm(2, 4)], ids=["b", "g"])
+def test_norms_by_channel_leave_value_type_and_layout_as_they_are(
+    make: Callable[[], nn.Module], dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(3)
+    norm = make()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 4, 5, 6).to(dtype).contiguous(memory_format=memory_format)
+    norm = norm.to(dtype)
+    plain = norm(x)
+    with pyeff.observe(norm):
+        seen = norm(x)
+    assert (seen.dtype, seen.stride()) == (plain.dtype, plain.stride())
+    # One more rounding, of what is normalised, before the gain and the offset.
+    eps = torch.finfo(dtype).eps
+    budget = 4 * eps * (plain.abs().max() + norm.bias.abs().max())
+    assert (seen - plain).abs().max() <= budget
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_norm_by_channel_may_be_trained_in_part(frozen: str) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)).double()
+    getattr(model[1], frozen).requires_grad_(False)
+    batch = {"x": torch.randn(3, 4, 5, 6, dtype=torch.float64)}
+    exact = truth_of(model, batch, squares)
+    _, actual = observed(model, lambda: squares(model, batch).backward())
+    assert set(actual.norms_sq) == set(exact.norms_sq)
+    for name, norms_sq in exact.norms_sq.items():
+        torch.testing.assert_close(actual.norms_sq[name].double(), norms_sq)
+
+
+def test_a_norm_by_channel_fed_with_moved_samples_is_refused() -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.transpose(0, 1).transpose(1, 2).contiguous())
+
+    model = Moved()
+    x = torch.randn(4, 4, 4)
+    with pytest.raises(pyeff.UnobservableError, match="dimension 0 was moved"), pyeff.observe(model):
+        model(x).square().sum().backward()
