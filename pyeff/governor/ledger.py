@@ -11,6 +11,7 @@ from pyeff.governor.budget import UNITS
 
 FIELDS = ("train", "eval", "score", "probe", "cooldown", "discarded")
 _TOKEN_FIELDS = ("train", "cooldown")
+_OVERHEAD_FIELDS = ("eval", "score", "probe")
 
 
 @dataclass
@@ -122,7 +123,21 @@ class Ledger:
     def overhead(self) -> float:
         """Return the share of spent FLOPs that trained nothing: (eval + score + probe) / spent, 0 when none."""
         spent = self.spent("flops")
-        return sum(self._entries[field].flops for field in ("eval", "score", "probe")) / spent if spent else 0.0
+        return self.overhead_spent("flops") / spent if spent else 0.0
+
+    def overhead_spent(self, unit: str) -> float:
+        """Return what evaluation, scoring and probes used of a budget in this unit: 0 of one in tokens.
+
+        Raises ValueError for another unit.
+        """
+        if unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+        entries = [self._entries[field] for field in _OVERHEAD_FIELDS]
+        if unit == "tokens":
+            return 0.0
+        return (
+            float(sum(entry.flops for entry in entries)) if unit == "flops" else math.fsum(e.seconds for e in entries)
+        )
 
     def table(self) -> list[dict[str, Any]]:
         """Return rows for a report: one per field in the order of ``FIELDS``, then ``total``.

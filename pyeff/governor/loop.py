@@ -17,7 +17,6 @@ from pyeff.governor.log import DecisionLog
 from pyeff.governor.observation import Action, Arm, BatchSize, Decision, MemoryMode, Observation, Selector
 from pyeff.governor.policy import GovernorPolicy
 
-_OVERHEAD = ("eval", "score", "probe")
 _VERSION = 1
 
 
@@ -308,7 +307,7 @@ class Governor:
                 refreshes_done=self._refreshes,
                 loss_finite=self._finite,
                 clusters=clusters,
-                overhead=self._overhead(),
+                overhead=self.ledger.overhead_spent(self.budget.unit),
                 price=self.price,
                 selectors=self._selectors,
                 selector=self._selector,
@@ -327,10 +326,3 @@ class Governor:
         if decision.action is Action.COOLDOWN:
             self._cooldown_start = self.spent
         return decision
-
-    def _overhead(self) -> float:
-        unit = self.budget.unit
-        if unit == "tokens":  # a token budget is not spent on overhead
-            return 0.0
-        entries = [self.ledger.entry(name) for name in _OVERHEAD]
-        return math.fsum(entry.flops if unit == "flops" else entry.seconds for entry in entries)

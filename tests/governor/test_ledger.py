@@ -172,3 +172,15 @@ def test_a_ledger_saved_before_model_flops_were_counted_is_read():
     again.load_state_dict(state)
     assert again.spent("flops") == 400
     assert again.entry("train").model_flops is None
+
+
+def test_overhead_is_what_trained_nothing_in_the_budgets_own_unit():
+    ledger = Ledger()
+    for field, flops in (("train", 100), ("cooldown", 20), ("eval", 3), ("score", 5), ("probe", 2), ("discarded", 50)):
+        ledger.charge(field, flops=flops, seconds=flops / 2, tokens=flops)
+    assert ledger.overhead_spent("flops") == 10
+    assert ledger.overhead_spent("seconds") == 5
+    assert ledger.overhead_spent("tokens") == 0
+    assert ledger.overhead() == 10 / 130
+    with pytest.raises(ValueError, match="unit must be one of"):
+        ledger.overhead_spent("joules")
