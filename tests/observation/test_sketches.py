@@ -194,3 +194,43 @@ def test_what_was_not_asked_for_is_not_there_and_bad_requests_are_named() -> Non
         pyeff.observe(model, sketch=SKETCH, optimizer=torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="pass a sketch"):
         pyeff.observe(model, optimizer=torch.optim.AdamW(model.parameters()))
+
+
+class Turned(nn.Module):
+    """A layer by a multiple of a transposed parameter, and an offset by a part of one."""
+
+    def __init__(self, part: bool) -> None:
+        super().__init__()
+        self.weight, self.offset, self.part = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(8)), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, 3.0 * self.weight.t())
+        return y + (self.offset[:6] if self.part else self.offset.view(4, 2)[:, 0].sum())
+
+
+def test_sketches_are_of_the_parameter_and_not_of_what_a_layer_was_given() -> None:
+    torch.manual_seed(0)
+    model, x = Turned(part=False).double(), torch.randn(3, 4).double()
+    model.offset.requires_grad_(False)
+    reference = {"weight": torch.randn(4, 6).double()}
+    exact = []
+    for s in range(3):
+        model.zero_grad()
+        model(x[s : s + 1]).square().sum().backward()
+        exact.append(model.weight.grad.clone())
+    exact = torch.stack(exact)
+    with pyeff.observe(model, sketch=SKETCH, reference=reference) as seen:
+        model(x).square().sum().backward()
+    wanted = SKETCH({"weight": exact}, batch_dims=1)
+    assert_close(seen.sketches, wanted, wanted, "sketches")
+    dots = (exact * reference["weight"]).sum((1, 2))
+    assert_close(seen.dots, dots, dots, "dots")
+
+
+def test_a_part_of_a_vector_is_refused_by_name() -> None:
+    model, x = Turned(part=True), torch.randn(3, 4)
+    with (
+        pytest.raises(pyeff.UnobservableError, match="offset: a part of it"),
+        pyeff.observe(model, sketch=SKETCH),
+    ):
+        model(x).square().sum().backward()
