@@ -55,6 +55,7 @@ def flop_counter() -> Any:
 
     formulas = {
         torch.ops.pyeff.linear_grad: _linear_grad,
+        torch.ops.pyeff.linear_grad_sketches: _linear_grad,
         torch.ops.pyeff.gram_norms: _gram_norms,
         torch.ops.pyeff.linear_cross_entropy_grad: _head_grad,
         torch.ops.pyeff.linear_cross_entropy_scores: _scores,
