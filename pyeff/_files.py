@@ -50,8 +50,8 @@ def write_text_atomic(path: Path, text: str, *, sync: bool = True) -> None:
 class OnlyProcess:
     """Hold the directory's lock: two processes writing into one would tear it. The kernel frees it on a kill."""
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "lock"
+    def __init__(self, directory: Path, name: str = "lock") -> None:
+        self._path = directory / name
         self._file: IO[str] | None = None
 
     def __enter__(self) -> None:

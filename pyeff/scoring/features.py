@@ -33,6 +33,7 @@ from torch import Tensor
 from pyeff.errors import UserError
 from pyeff.scoring.scores import SampleId, Scores, arrow, schema, shares
 from pyeff.scoring.store import (
+    HEADER,
     PART_ROWS,
     PartStore,
     damaged,
@@ -409,7 +410,7 @@ def read_features(path: str | Path) -> Features:
     except (LookupError, TypeError, ValueError):
         known = False
     if not known:
-        raise UserError(f"{path / 'header.json'} is not the header of features: choose another directory")
+        raise UserError(f"{path / HEADER} is not the header of features: choose another directory")
     found = _features(path, header)
     if "samples" in header and len(found) != header["samples"]:
         raise UserError(

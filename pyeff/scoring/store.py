@@ -1,9 +1,11 @@
 """Scores on disk while they are made: a directory of Parquet parts that a kill leaves complete or absent.
 
-``header.json`` says whose scores they are. A part ``part-000012.parquet`` holds the rows of whole batches, the first
+``_header.json`` says whose scores they are. A part ``part-000012.parquet`` holds the rows of whole batches, the first
 of them batch 12, and names in its metadata the header it belongs to and its batches; it is written under another name,
 forced to disk and renamed. Which batches are done is read from the parts, so what is missing, at the end or in a gap,
 is made again and nothing else. Pages carry checksums. Nothing is ever unpickled.
+
+The directory is a data set to whatever reads Parquet: it skips names that begin with an underscore or a dot.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ AVERAGE = "average.parquet"
 BY_TARGETS = "scores.parquet"
 """Tables beside the directories of what they were computed from."""
 
-_HEADER = "header.json"
+HEADER = "_header.json"
+_LOCK = "_lock"
 _FORMAT = 1
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 _KEY = b"pyeff.scores"
@@ -90,9 +93,9 @@ class PartStore:
         found = header_of(self.path, self.what)
         if found is not None:
             self._refuse_another(found)
-        elif any(entry.name != "lock" and not entry.name.startswith(PARTIAL) for entry in self.path.iterdir()):
-            raise UserError(f"{self.path} holds files but no {_HEADER}, so no {self.what}: choose another directory")
-        self._lock = OnlyProcess(self.path)
+        elif any(entry.name != _LOCK and not entry.name.startswith(PARTIAL) for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} holds files but no {HEADER}, so no {self.what}: choose another directory")
+        self._lock = OnlyProcess(self.path, _LOCK)
         self._lock.__enter__()
         try:
             if found is None:
@@ -103,7 +106,7 @@ class PartStore:
                 leftover.unlink()
             if found is None:
                 try:
-                    write_text_atomic(self.path / _HEADER, json.dumps(self._header, indent=1))
+                    write_text_atomic(self.path / HEADER, json.dumps(self._header, indent=1))
                 except OSError as error:
                     raise UserError(f"{self.path} cannot be written to: {error.strerror}") from error
             self._take_in()
@@ -244,7 +247,7 @@ def _joined(parts: Sequence[pa.Table], path: Path | None) -> Scores:
 
 def header_of(directory: Path, what: str) -> dict[str, Any] | None:
     """The header of a directory of scores, or of features; None where there is none."""
-    file = directory / _HEADER
+    file = directory / HEADER
     if not file.exists():
         return None
     try:

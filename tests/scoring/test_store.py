@@ -100,6 +100,12 @@ def test_a_finished_scoring_is_read_and_not_made_again(parts: Path, monkeypatch:
     assert content(parts) == before
 
 
+@pytest.mark.parametrize("directory", [str, Path], ids=["string", "path"])
+def test_anything_that_reads_parquet_reads_the_directory(parts: Path, directory: Callable[[Path], Any]) -> None:
+    table = pq.read_table(directory(parts)).sort_by("index").replace_schema_metadata(None)
+    assert table.equals(read_scores(parts).table)
+
+
 def test_scores_on_disk_are_those_in_memory(parts: Path) -> None:
     assert score(None).table.drop(["seconds"]).equals(read_scores(parts).table.drop(["seconds"]))
     types = {field.name: str(field.type) for field in read_scores(parts).table.schema}
@@ -152,7 +158,7 @@ def test_a_frozen_parameter_makes_another_model(parts: Path) -> None:
 
 def test_a_directory_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="holds files but no header"):
+    with pytest.raises(UserError, match="holds files but no _header"):
         score(tmp_path)
     assert content(tmp_path) == {"thesis.tex": b"precious"}
     with pytest.raises(UserError, match="cannot be made a directory"):
@@ -232,9 +238,9 @@ def test_a_part_that_is_taken_away_is_made_again_and_no_other(parts: Path) -> No
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 1}', "[" * 100_000])
 def test_a_header_of_nonsense_is_refused_in_a_sentence(parts: Path, text: str) -> None:
-    (parts / "header.json").write_text(text)
+    (parts / "_header.json").write_text(text)
     for use in (score, read_scores):
-        with pytest.raises(UserError, match=r"header\.json"):
+        with pytest.raises(UserError, match=r"_header\.json"):
             use(parts)
 
 
@@ -255,7 +261,7 @@ def test_an_error_loses_nothing_that_was_scored_before_it(tmp_path: Path) -> Non
 
 def test_two_processes_do_not_write_one_directory(parts: Path) -> None:
     with (
-        store.ScoreStore(parts, json.loads((parts / "header.json").read_text()), resume=True),
+        store.ScoreStore(parts, json.loads((parts / "_header.json").read_text()), resume=True),
         pytest.raises(UserError, match="another process"),
     ):
         score(parts)
@@ -286,8 +292,8 @@ def test_a_header_of_another_version_is_named(tmp_path: Path) -> None:
     path, data = tmp_path / "scores", (torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
     model = nn.Linear(4, 3)
     EL2N().score(model, data, path=path, progress=False)
-    header = json.loads((path / "header.json").read_text())
-    (path / "header.json").write_text(json.dumps({**header, "format": 2}))
+    header = json.loads((path / "_header.json").read_text())
+    (path / "_header.json").write_text(json.dumps({**header, "format": 2}))
     for use in (lambda: read_scores(path), lambda: EL2N().score(model, data, path=path, progress=False)):
         with pytest.raises(UserError, match="is of format 2, and this version of pyeff knows format 1"):
             use()
@@ -316,7 +322,7 @@ def test_a_directory_that_cannot_be_locked_or_written_to_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, model = (torch.randn(4, 4), torch.tensor([0, 1, 2, 0])), nn.Linear(4, 3)
-    (tmp_path / "locked" / "lock").mkdir(parents=True)
+    (tmp_path / "locked" / "_lock").mkdir(parents=True)
     with pytest.raises(UserError, match="locked cannot be written to: Is a directory"):
         EL2N().score(model, data, path=tmp_path / "locked", progress=False)
     module = importlib.import_module("pyeff.scoring.store")
