@@ -309,6 +309,7 @@ class _Run:
             scored_at=state.scored_at,
             refreshes_done=state.refreshes,
             loss_finite=True,
+            overhead=meter.ledger.overhead_spent(meter.unit),
         )
         decision = self.policy.decide(observation)
         self.decisions.append(decision)
