@@ -131,7 +131,7 @@ def selected(chosen: Chosen) -> RenderableType:
             table.add_row(name, shown(each.cost), shown(each.full), shown(each.subset), shown(each.saved), runs)
         else:
             table.add_row(name, shown(each.cost), "not given", "", "", "")
-            if math.isfinite(each.pays_from):
+            if each.cost and math.isfinite(each.pays_from):
                 notes.append(
                     f"{name}: pays in one run where training on the pool costs {shown(each.pays_from)} or more"
                 )

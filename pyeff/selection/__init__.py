@@ -1,7 +1,7 @@
 """From scores to a subset of the pool: NumPy and SciPy alone, deterministic, cheap beside any score."""
 
 from pyeff.selection.coverage import Coverage, facility_location
-from pyeff.selection.groups import balanced, by_group, kmeans, kmeans_balanced, quotas
+from pyeff.selection.groups import balanced, by_group, kmeans, kmeans_balanced, kmeans_flops, quotas
 from pyeff.selection.matrix import ArrayMatrix, ScoreMatrix, Similarities, per_sample
 from pyeff.selection.payback import SelectionPayBack
 from pyeff.selection.sampling import boltzmann, uniform
@@ -24,6 +24,7 @@ __all__ = [
     "hardest",
     "kmeans",
     "kmeans_balanced",
+    "kmeans_flops",
     "per_sample",
     "quotas",
     "round_robin",

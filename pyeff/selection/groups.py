@@ -149,6 +149,16 @@ def kmeans(features: ArrayLike | ScoreMatrix, clusters: int, *, iterations: int 
     return labels
 
 
+def kmeans_flops(samples: int, dim: int, clusters: int, *, iterations: int = 20) -> int:
+    """FLOPs of the distances that `kmeans` forms, 2 D for a pair of sample and centre.
+
+    >>> kmeans_flops(1000, 8, 2)
+    359680
+    """
+    learned_from = min(samples, clusters * _POINTS_PER_CENTRE)
+    return 2 * dim * clusters * (samples + iterations * learned_from)
+
+
 def kmeans_balanced(
     features: ArrayLike | ScoreMatrix,
     k: int,

@@ -29,6 +29,7 @@ from pyeff.selection import (
     by_group,
     facility_location,
     kmeans,
+    kmeans_flops,
     per_sample,
     round_robin,
     top_k,
@@ -338,6 +339,7 @@ def _apply(
     assert pool.features is not None
     if config.rule == "kmeans_balanced":
         labels = np.where(usable, kmeans(pool.features, config.clusters, seed=config.seed), -1)
+        pool.flops += kmeans_flops(*pool.features.shape, config.clusters)
         return balanced(
             labels, k, values=ranked if pool.values is not None else None, seed=config.seed
         ).tolist(), values
@@ -345,6 +347,7 @@ def _apply(
     if matrix is None:
         drawn = np.flatnonzero(usable)[uniform(int(usable.sum()), config.represented, seed=config.seed)]
         matrix = _similar(config, pool.features, np.sort(drawn))
+        pool.flops += 2 * pool.features.shape[1] * matrix.shape[0] * matrix.shape[1]
     matrix = _Without(matrix, ~usable)
     if config.rule in _OF_TARGETS:
         rule = round_robin if config.rule == "round_robin" else bids

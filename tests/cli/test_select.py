@@ -132,6 +132,21 @@ def test_costs_are_those_of_the_features_and_the_comparison_and_the_table_says_w
     assert "50 % of the pool drawn at random" in shown
 
 
+@pytest.mark.parametrize(
+    ("more", "products"),
+    [
+        ({"rule": "facility_location", "represented": 10}, 2 * N * 10 * DIM),
+        ({"rule": "kmeans_balanced", "clusters": 3}, 2 * N * 3 * DIM * 21),
+        ({"rule": "random"}, 0),
+    ],
+)
+def test_what_a_rule_multiplies_is_charged(tmp_path, world, more, products) -> None:
+    settings = of_features(tmp_path, world, **more)
+    settings.pop("targets")
+    assert select(tmp_path, settings) == 0
+    assert json.loads((tmp_path / "out" / "selection.json").read_text())["flops"] == 1000 + products
+
+
 def test_sources_give_their_quotas(tmp_path, world) -> None:
     for quotas, counts in (("balanced", {"a": 3, "b": 3}), ({"a": 5, "b": 1}, {"a": 5, "b": 1})):
         assert select(tmp_path, {**world, "quotas": quotas}, "--force") == 0
