@@ -340,3 +340,13 @@ def test_scores_are_formed_without_holding_the_features(tmp_path: Path, monkeypa
         tracemalloc.stop()
     # Some copies of a group of 64 rows, of 2000.
     assert peak + most < 4 * n * dim / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("center", [True, False])
+def test_similarities_formed_on_a_gpu_are_those_of_a_cpu(center: bool) -> None:
+    pool, targets = filled(None, noise(300, 64), dtype="int8"), filled(None, noise(5, 64, seed=1))
+    here, there = (TargetSimilarities(pool, targets, center=center, device=d) for d in ("cpu", "cuda"))
+    rows = np.arange(300)
+    # Cosines: 64 products and sums, rounded to float32 in any order.
+    np.testing.assert_allclose(there.rows(rows), here.rows(rows), rtol=0, atol=64 * np.finfo(np.float32).eps)
