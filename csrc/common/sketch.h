@@ -1,5 +1,5 @@
-// The hash and the geometry of pyeff.Sketch, version 1: docs/sketches.md defines them, reference/sketch_grads.py states them
-// in torch and triton_kernels/sketch_grads.py in Triton. Integers only, so all of them give the same bits.
+// The hash and the geometry of pyeff.Sketch, version 1: docs/sketches.md defines them, reference/sketch_grads.py states
+// them in torch and triton_kernels/sketch_grads.py in Triton. Integers only, so all of them give the same bits.
 #pragma once
 #include <cstdint>
 
