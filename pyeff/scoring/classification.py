@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,7 +150,12 @@ def error_vectors(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_targets(targets: Tensor, logits: Tensor) -> None:
-    """Raise `ValueError` unless every target is a class of ``logits`` [B, C]."""
+    """Raise `ValueError` unless every target is a class of ``logits`` [B, C], and there are two classes."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must have at least 2 classes, got logits {list(logits.shape)}: the softmax of one logit is 1 "
+            "whatever it is; give it a logit for each class"
+        )
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
         raise ValueError(
             f"targets must be in [0, {logits.shape[1]}), the model's classes, got {int(targets.min())} to "
@@ -158,10 +164,18 @@ def check_targets(targets: Tensor, logits: Tensor) -> None:
 
 
 def _as_tensors(dataset: Any) -> Rows | None:
-    from torch.utils.data import TensorDataset
+    from torch.utils.data import DataLoader, TensorDataset
 
+    if isinstance(dataset, DataLoader):
+        raise TypeError("dataset must hold samples, got a DataLoader: give its dataset (loader.dataset) and batch_size")
     parts = dataset.tensors if isinstance(dataset, TensorDataset) else dataset
-    if not isinstance(parts, tuple) or len(parts) not in (2, 3) or not isinstance(parts[-1], Tensor):
+    if not isinstance(parts, tuple) or len(parts) not in (2, 3):
+        return None
+    if isinstance(parts[-1], np.ndarray):
+        raise TypeError(
+            "dataset must hold tensors (x, y), got arrays: give torch.from_numpy(x) and torch.from_numpy(y)"
+        )
+    if not isinstance(parts[-1], Tensor):
         return None
     ids, x, y = parts if len(parts) == 3 else (None, *parts)
     lengths = [len(part) for part in (ids, x, y) if part is not None]

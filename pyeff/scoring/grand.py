@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pyeff.observation import observe
+from pyeff.observation import GradientObservation, UnobservableError, observe
 from pyeff.scoring.classification import check_targets, logits_of
 from pyeff.scoring.flops import weight_norms_flops
 from pyeff.scoring.language import (
@@ -64,9 +66,17 @@ class GraNd(ScoreMethod):
         what = [] if self._reduction == "mean" else ["sum over answer tokens"]
         return variant("GraNd", *what, *([] if self._strict else ["observable parameters"]))
 
+    @contextmanager
+    def _observed(self, model: nn.Module) -> Iterator[GradientObservation]:
+        try:
+            with observe(model, strict=self._strict, gradient=False) as seen:
+                yield seen
+        except UnobservableError as error:
+            raise UnobservableError(f"{error}\nto score by the other parameters: GraNd(strict=False)") from error
+
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Scores [B] by one backward pass of the summed loss: a sample's share of it is its own gradient."""
-        with torch.enable_grad(), observe(model, strict=self._strict, gradient=False) as seen:
+        with torch.enable_grad(), self._observed(model) as seen:
             logits = logits_of(model, inputs)
             check_targets(targets, logits)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -78,7 +88,7 @@ class GraNd(ScoreMethod):
         if where.targets.numel() == 0:
             return torch.full((batch.samples,), torch.nan)
         weights = token_weights(where.cu_seqlens, where.targets.numel(), self._reduction)
-        with torch.enable_grad(), observe(model, strict=self._strict, gradient=False) as seen:
+        with torch.enable_grad(), self._observed(model) as seen:
             seen.segments(batch.cu_seqlens, kept=where.cu_seqlens)
             logits = answer_logits(model, batch, where)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

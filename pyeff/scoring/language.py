@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,11 +90,17 @@ class LanguageScoring:
                 f"{type(model).__name__}"
             )
         self.model, self.device = model, device_of(model)
-        encoded = _encoded(dataset, tokenizer, batch_tokens)
+        encoded = _encoded(dataset, tokenizer)
         if not encoded:
             raise ValueError("the dataset is empty: there is nothing to score")
         names = [sample.id for sample in encoded.samples] if isinstance(encoded, EncodedSamples) else None
         self._ids = refuse_bad_ids(names or [sample.sample_index for sample in encoded], set())
+        for name, sample in zip(self._ids, encoded, strict=True):
+            if len(sample.ids) > batch_tokens:
+                raise UserError(
+                    f"sample {name!r} is {len(sample.ids)} tokens long, more than batch_tokens ({batch_tokens}): raise "
+                    "batch_tokens, or leave it out; a sample is never split"
+                )
         # A batch names samples by their place in the data set.
         self._samples = [dataclasses.replace(sample, sample_index=place) for place, sample in enumerate(encoded)]
         self._packed = pack(self._samples, range(len(self._samples)), max_tokens=batch_tokens, window=PACKING_WINDOW)
@@ -170,9 +177,7 @@ def require_plain_head(model: nn.Module) -> None:
         )
 
 
-def _encoded(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, batch_tokens: int
-) -> EncodedSamples | list[EncodedSample]:
+def _encoded(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> EncodedSamples | list[EncodedSample]:
     if isinstance(dataset, EncodedSamples):
         return dataset
     given = list(dataset) if isinstance(dataset, list | tuple) else [dataset]
@@ -186,7 +191,7 @@ def _encoded(
         raise ValueError("tokenizer must be given with samples that are not encoded, got None")
     if not all(isinstance(sample, Sample) for sample in given):
         raise TypeError("dataset must hold samples of one kind: Sample, EncodedSample or sources")
-    return encode(given, tokenizer, max_tokens=batch_tokens)
+    return encode(given, tokenizer, max_tokens=sys.maxsize)
 
 
 def _trained_shape(model: nn.Module) -> TransformerShape | None:

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_accurate
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
+import pyeff
 from pyeff.scoring import EL2N, GraNd, LastLayerGraNd, ScoreMethod, Scores, average
 
 CLASSES = 4
@@ -351,3 +352,40 @@ def test_a_method_that_loses_samples_is_refused_before_anything_is_written(tmp_p
         Short().score(nn.Linear(4, 3), (x, y), batch_size=4, path=tmp_path / "scores", progress=False)
     part = next((tmp_path / "scores").glob("part-*"))
     assert pq.read_table(part).num_rows == 8, "what was scored before is kept"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_model_with_one_logit_is_refused(method: ScoreMethod) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 classes, got logits \[3, 1\]"):
+        score(method, (torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)), nn.Linear(2, 1))
+
+
+def test_a_loader_and_arrays_are_refused_with_what_to_give_instead() -> None:
+    x, y = samples()
+    with pytest.raises(TypeError, match=r"got a DataLoader: give its dataset"):
+        score(EL2N(), DataLoader(TensorDataset(x, y)))
+    with pytest.raises(TypeError, match=r"got arrays: give torch\.from_numpy"):
+        score(EL2N(), (x.numpy(), y.numpy()))
+
+
+def test_what_grand_cannot_observe_is_said_with_the_way_out() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Linear(8, 3))
+    data = torch.randn(3, 2, 4), torch.arange(3)
+    with pytest.raises(pyeff.UnobservableError, match=r"1\.weight(.|\n)*GraNd\(strict=False\)"):
+        score(GraNd(), data, model)
+    assert (score(GraNd(strict=False), data, model).values > 0).all()
+
+
+def test_grand_scores_a_model_with_batch_normalisation_by_its_running_statistics() -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 1, 4, 4, dtype=torch.float64), torch.arange(6) % 3
+    model(x)  # statistics of its own
+    found = score(GraNd(), (x, y), model).values
+    model.eval()
+    for i in range(len(x)):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        # Norms are handed out in float32.
+        assert abs(found[i] - norm) <= torch.finfo(torch.float32).eps * norm
