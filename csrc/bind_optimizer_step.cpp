@@ -24,7 +24,7 @@ const pyeff::OptimizerTensor* tensors_at(uintptr_t address) {
 pyeff::OptimizerRule rule_of(const py::tuple& r) {
     const auto real = [&r](int i) { return r[i].cast<double>(); };
     const auto flag = [&r](int i) { return r[i].cast<int32_t>(); };
-    return {real(0), real(1), real(2), real(3), real(4), real(5), real(6), r[7].cast<int64_t>(), r[8].cast<int64_t>(),
+    return {real(0), real(1),  real(2),  real(3), real(4), real(5), real(6), r[7].cast<int64_t>(), r[8].cast<int64_t>(),
             flag(9), flag(10), flag(11), flag(12)};
 }
 
@@ -73,26 +73,24 @@ void bind_optimizer_step(py::module_& m) {
         py::arg("stream"));
     m.def(
         "optimizer_step_cuda",
-        [](uintptr_t tensors, int64_t count, uintptr_t chunks, int64_t chunk_count, const py::tuple& rule,
-           uintptr_t lr, uintptr_t norm, uintptr_t skipped, uintptr_t scalars, uintptr_t stream) {
-            raise_if(
-                pyeff::optimizer_step_cuda(
-                    tensors_at(tensors), count, static_cast<const pyeff::OptimizerChunk*>(pointer(chunks)), chunk_count,
-                    rule_of(rule), static_cast<const float*>(pointer(lr)), static_cast<const double*>(pointer(norm)),
-                    static_cast<int64_t*>(pointer(skipped)), static_cast<pyeff::StepScalars*>(pointer(scalars)),
-                    pointer(stream)),
-                "optimizer_step");
+        [](uintptr_t tensors, int64_t count, uintptr_t chunks, int64_t chunk_count, const py::tuple& rule, uintptr_t lr,
+           uintptr_t norm, uintptr_t skipped, uintptr_t scalars, uintptr_t stream) {
+            raise_if(pyeff::optimizer_step_cuda(
+                         tensors_at(tensors), count, static_cast<const pyeff::OptimizerChunk*>(pointer(chunks)),
+                         chunk_count, rule_of(rule), static_cast<const float*>(pointer(lr)),
+                         static_cast<const double*>(pointer(norm)), static_cast<int64_t*>(pointer(skipped)),
+                         static_cast<pyeff::StepScalars*>(pointer(scalars)), pointer(stream)),
+                     "optimizer_step");
         },
-        py::arg("tensors"), py::arg("count"), py::arg("chunks"), py::arg("chunk_count"), py::arg("rule"),
-        py::arg("lr"), py::arg("norm"), py::arg("skipped"), py::arg("scalars"), py::arg("stream"));
+        py::arg("tensors"), py::arg("count"), py::arg("chunks"), py::arg("chunk_count"), py::arg("rule"), py::arg("lr"),
+        py::arg("norm"), py::arg("skipped"), py::arg("scalars"), py::arg("stream"));
     m.def(
         "global_norm_cuda",
         [](uintptr_t tensors, uintptr_t chunks, int64_t chunk_count, uintptr_t squares, uintptr_t norm,
            uintptr_t stream) {
-            raise_if(pyeff::global_norm_cuda(tensors_at(tensors),
-                                             static_cast<const pyeff::OptimizerChunk*>(pointer(chunks)), chunk_count,
-                                             static_cast<double*>(pointer(squares)),
-                                             static_cast<double*>(pointer(norm)), pointer(stream)),
+            raise_if(pyeff::global_norm_cuda(
+                         tensors_at(tensors), static_cast<const pyeff::OptimizerChunk*>(pointer(chunks)), chunk_count,
+                         static_cast<double*>(pointer(squares)), static_cast<double*>(pointer(norm)), pointer(stream)),
                      "global_norm");
         },
         py::arg("tensors"), py::arg("chunks"), py::arg("chunk_count"), py::arg("squares"), py::arg("norm"),

@@ -24,7 +24,7 @@ struct OptimizerTensor {
     int64_t key;          // of the parameter's random bits
     int64_t first_block;  // where this piece starts in the whole parameter
     int64_t first_chunk;  // where it starts in the launch; CUDA only
-    int64_t row;          // blocks are cut from rows of so many elements, the last of each ragged; `size` if that is one
+    int64_t row;  // blocks are cut from rows of so many elements, the last of each ragged; `size` if that is one
 };
 
 // What all parameters of a group share. A clip_norm of infinity does not clip.

@@ -154,19 +154,18 @@ const float* gradients_of(const Block& b, int64_t g_dtype, const float* p, const
     const float* g = static_cast<const float*>(b.g);
     if (g_dtype == DTYPE_BFLOAT16) {
         const auto* half = static_cast<const uint16_t*>(b.g);
-        for_lanes(b.n, [&](int64_t i, auto, auto u)
-                           PYEFF_INLINE { keep(buffers.g + i, widened(half_like(half + i, u))); });
+        for_lanes(b.n,
+                  [&](int64_t i, auto, auto u) PYEFF_INLINE { keep(buffers.g + i, widened(half_like(half + i, u))); });
         g = buffers.g;
     }
     if (s.clip != 1.0f) {
-        for_lanes(b.n, [&](int64_t i, auto f, auto)
-                           PYEFF_INLINE { keep(buffers.g + i, clipped(load_like(g + i, f), s)); });
+        for_lanes(b.n,
+                  [&](int64_t i, auto f, auto) PYEFF_INLINE { keep(buffers.g + i, clipped(load_like(g + i, f), s)); });
         g = buffers.g;
     }
     if (s.l2 != 0.0f) {
-        for_lanes(b.n, [&](int64_t i, auto f, auto) PYEFF_INLINE {
-            keep(buffers.g + i, decayed(load_like(g + i, f), load_like(p + i, f), s));
-        });
+        for_lanes(b.n, [&](int64_t i, auto f, auto)
+                           PYEFF_INLINE { keep(buffers.g + i, decayed(load_like(g + i, f), load_like(p + i, f), s)); });
         g = buffers.g;
     }
     return g;
@@ -228,8 +227,8 @@ void update_float(const Block& b, float* p, const float* g, bool nesterov, const
     for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
         auto square = f;
         if (RULE == RULE_ADAM) square = load_like(second + i, f);
-        const auto lane = updated<RULE, false>(load_like(p + i, f), load_like(g + i, f),
-                                               load_like(first + i, f), square, nesterov, s);
+        const auto lane = updated<RULE, false>(load_like(p + i, f), load_like(g + i, f), load_like(first + i, f),
+                                               square, nesterov, s);
         keep(p + i, lane.p);
         keep(first + i, lane.first);
         if (RULE == RULE_ADAM) keep(second + i, lane.second);
@@ -240,12 +239,9 @@ using Update = void (*)(const Block&, float*, const float*, bool, const StepScal
 
 Update update_of(const OptimizerRule& rule) {
     switch (rule.rule) {
-        case RULE_ADAM:
-            return rule.coded ? &update_coded<RULE_ADAM> : &update_float<RULE_ADAM>;
-        case RULE_LION:
-            return rule.coded ? &update_coded<RULE_LION> : &update_float<RULE_LION>;
-        default:
-            return rule.coded ? &update_coded<RULE_SGD> : &update_float<RULE_SGD>;
+        case RULE_ADAM: return rule.coded ? &update_coded<RULE_ADAM> : &update_float<RULE_ADAM>;
+        case RULE_LION: return rule.coded ? &update_coded<RULE_LION> : &update_float<RULE_LION>;
+        default: return rule.coded ? &update_coded<RULE_SGD> : &update_float<RULE_SGD>;
     }
 }
 
@@ -283,8 +279,7 @@ void for_parts(const OptimizerTensor* tensors, int64_t count, Parts parts_of, in
     int64_t start = 0;
     for (int64_t i = 0; i < count && start < last; ++i) {
         const int64_t parts = parts_of(tensors[i]), end = start + parts;
-        if (end > first)
-            body(i, std::max(first - start, int64_t{0}), std::min(last - start, parts), start);
+        if (end > first) body(i, std::max(first - start, int64_t{0}), std::min(last - start, parts), start);
         start = end;
     }
 }
@@ -366,8 +361,8 @@ bool optimizer_step(const OptimizerTensor* tensors, int64_t count, const Optimiz
             powers[0] *= rule.beta1;
             powers[1] *= rule.beta2;
         }
-        scalars[i] = scalars_of(rule, rule.lr, *step, powers ? powers[0] : 1.0, powers ? powers[1] : 1.0, norm,
-                                tensors[i].key);
+        scalars[i] =
+            scalars_of(rule, rule.lr, *step, powers ? powers[0] : 1.0, powers ? powers[1] : 1.0, norm, tensors[i].key);
     }
     const Update update = update_of(rule);
     const auto blocks = [&](const OptimizerTensor& t) { return blocks_of(t, rule.block_size); };
@@ -393,8 +388,7 @@ double global_norm(const OptimizerTensor* tensors, int64_t count, int threads) {
     const auto chunks = static_cast<int64_t>(squares.size());
     share(chunks, NORM_CHUNK, threads, [&](int64_t first, int64_t last) {
         for_parts(tensors, count, chunks_of, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t start) {
-            for (int64_t chunk = begin; chunk < end; ++chunk)
-                squares[start + chunk] = chunk_squares(tensors[i], chunk);
+            for (int64_t chunk = begin; chunk < end; ++chunk) squares[start + chunk] = chunk_squares(tensors[i], chunk);
         });
     });
     // As a thread block does it: every thread its share in order, then halving.

@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
         read<uint8_t>(error, t.master, at, count);
 #pragma unroll
         for (int i = OWN - 1; i >= 0; --i)
-            p.floats[i] = joined_from_24_bits(static_cast<uint32_t>(p.halves[i]),
-                                              static_cast<uint32_t>(error.bytes[i]) << 24);
+            p.floats[i] =
+                joined_from_24_bits(static_cast<uint32_t>(p.halves[i]), static_cast<uint32_t>(error.bytes[i]) << 24);
     } else if (!exact) {
         widen(p);
     }
@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
             const uint32_t index = threadIdx.x * OWN & ((1u << block_bits) - 1);
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
-                p.halves[i] = static_cast<uint16_t>(rounded_at_random(p.floats[i], random_bits(random_count(index + i, key), key)));
+                p.halves[i] = static_cast<uint16_t>(
+                    rounded_at_random(p.floats[i], random_bits(random_count(index + i, key), key)));
         } else if (weight == WEIGHT_ECC8) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
@@ -344,17 +345,16 @@ std::string optimizer_step_cuda(const OptimizerTensor* tensors, int64_t count, c
     constexpr int threads = 32;
     if (count)
         scalars_kernel<<<blocks_of(count, threads), threads, 0, queue>>>(tensors, count, rule, lr, norm, skipped,
-                                                                        scalars);
+                                                                         scalars);
     if (chunk_count) {
         int block_bits = 0;
         while ((int64_t{1} << block_bits) < rule.block_size) ++block_bits;
-        const auto kernel = rule.rule == RULE_ADAM
-                                ? (rule.coded ? &step_kernel<RULE_ADAM, true> : &step_kernel<RULE_ADAM, false>)
-                            : rule.rule == RULE_LION
-                                ? (rule.coded ? &step_kernel<RULE_LION, true> : &step_kernel<RULE_LION, false>)
-                                : (rule.coded ? &step_kernel<RULE_SGD, true> : &step_kernel<RULE_SGD, false>);
+        const auto kernel =
+            rule.rule == RULE_ADAM   ? (rule.coded ? &step_kernel<RULE_ADAM, true> : &step_kernel<RULE_ADAM, false>)
+            : rule.rule == RULE_LION ? (rule.coded ? &step_kernel<RULE_LION, true> : &step_kernel<RULE_LION, false>)
+                                     : (rule.coded ? &step_kernel<RULE_SGD, true> : &step_kernel<RULE_SGD, false>);
         kernel<<<static_cast<unsigned>(chunk_count), THREADS, 0, queue>>>(tensors, chunks, scalars, block_bits,
-                                                                         rule.nesterov != 0);
+                                                                          rule.nesterov != 0);
     }
     return last_problem();
 }
