@@ -34,20 +34,30 @@ class Info:
         lines += [f"  {name:<12} {value}" for name, value in self.versions.items()]
         lines += ["devices", *(f"  {device}" for device in self.devices)]
         lines += ["extension", *(f"  {name:<12} {value}" for name, value in self.extension.items())]
-        lines += [
-            "operations",
-            *(f"  {line}" for found in self.operations for line in str(found).split("\n")),
-        ]
+        lines += ["operations", *(f"  {op.operation} on {op.device}: {op.impl}" for op in self.operations)]
+        lines += ["not used", *(f"  {line}" for line in self.refusals())]
         return "\n".join(lines)
+
+    def refusals(self) -> list[str]:
+        """Why implementations are not used, each reason once, with the operations it holds for."""
+        grouped: dict[tuple[str, str, str], list[str]] = {}
+        for found in self.operations:
+            for name, why in found.refused.items():
+                grouped.setdefault((name, found.device, why), []).append(found.operation)
+        every = {device: sum(found.device == device for found in self.operations) for _, device, _ in grouped}
+        return [
+            f"{name} on {device}: {why}" + ("" if len(of) == every[device] else f" ({', '.join(of)})")
+            for (name, device, why), of in grouped.items()
+        ]
 
 
 def info() -> Info:
-    """Versions, devices, how the extension was built, and for every operation what each device would run.
+    """Versions, devices, how the extension was built, and for every operation what each device here would run.
 
     Cost: some milliseconds; asks the CUDA driver for its devices if torch was built with CUDA.
 
     >>> import pyeff
-    >>> {found.device for found in pyeff.info().operations} == {"cpu", "cuda"}
+    >>> "cpu" in {found.device for found in pyeff.info().operations}
     True
     """
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -66,7 +76,7 @@ def info() -> Info:
             )
     else:
         devices.append("cuda: none")
-    device_types = ("cpu", "cuda")
+    device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     operations = [operation.on_device(device) for operation in OPERATIONS.values() for device in device_types]
     return Info(__version__, versions, devices, _extension_facts(), operations)
 

@@ -47,8 +47,20 @@ def run_app(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(f"pyeff {installed_version('pyeff')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -144,7 +156,11 @@ def select(
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="CONFIG|MODEL", help="A config.json, a model's directory, or its name on the hub.")
+        str,
+        typer.Argument(
+            metavar="CONFIG|MODEL",
+            help="A config.json, a model's directory, a GGUF file, smollm2, or a name on the hub.",
+        ),
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens of a row.")],
     batch: Annotated[int, typer.Option(help="Rows of one forward and backward.")] = 1,
@@ -257,12 +273,14 @@ def audit(
 
 
 @app.command()
-def info() -> None:
+def info(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say why other implementations are not taken.")] = False,
+) -> None:
     """Show versions, devices, the compiled extension and which implementation each operation takes."""
     import pyeff
     from pyeff.cli import tables
 
-    _console().print(tables.installed(pyeff.info()))
+    _console().print(tables.installed(pyeff.info(), verbose=verbose))
 
 
 def _require(packages: Sequence[str], command: str) -> None:

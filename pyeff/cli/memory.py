@@ -44,10 +44,12 @@ def plan_tables(plan: Plan) -> RenderableType:
     largest = [
         f"{name} {value:,}"
         for name, value in (("batch", plan.largest_batch), ("sequence length", plan.largest_seq_len))
-        if value is not None
+        if value
     ]
     if largest:
         parts.append(Text(f"Largest that fits, the rest as asked: {', '.join(largest)}"))
+    elif plan.largest_batch == 0 or plan.largest_seq_len == 0:
+        parts.append(Text("With the rest as asked, no batch and no sequence length fits."))
     if plan.options:
         parts.append(_options(plan))
     parts.append(Text(_origin(plan), style="dim"))
@@ -81,7 +83,8 @@ def _layers(plan: Plan) -> Table:
             first = shown[-1][0].split(" ")[1].split("–")[0]
             shown[-1] = (f"layers {first}–{layer.name.split(' ')[1]}, each", sizes)
         else:
-            shown.append((layer.name, sizes))
+            tied = layer.name == "head" and not layer.parameters
+            shown.append(("head, tied to the embedding" if tied else layer.name, sizes))
     for name, sizes in shown:
         kept = size_text(sizes[3]) if plan.method == "account" else "n/a"
         table.add_row(name, *(size_text(size) for size in sizes[:3]), kept)

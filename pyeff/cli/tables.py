@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -145,8 +144,8 @@ def selected(chosen: Chosen) -> RenderableType:
     return Group(facts, table, Text("\n".join(notes), style="dim"))
 
 
-def installed(info: Info) -> RenderableType:
-    """Versions, devices, the extension, and for every operation what each device would run and why."""
+def installed(info: Info, *, verbose: bool = False) -> RenderableType:
+    """Versions, devices, the extension, and for every operation what each device would run; why, if `verbose`."""
     facts = _plain()
     facts.add_row("pyeff", info.version)
     for name, value in info.versions.items():
@@ -155,14 +154,22 @@ def installed(info: Info) -> RenderableType:
         facts.add_row("devices" if i == 0 else "", device)
     for i, (name, value) in enumerate(info.extension.items()):
         facts.add_row("extension" if i == 0 else "", value if name == "state" else f"{name}: {value}")
-    table = Table(title="Operations", title_justify="left", title_style="bold")
-    rows = [_fields(found) for found in info.operations]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("operation", "device", "impl"))
-    for row in rows:
-        table.add_row(*(Text(_text(row.get(column))) for column in columns))
-    return Group(facts, table) if rows else facts
+    table = Table(title="Operations", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    devices = list(dict.fromkeys(found.device for found in info.operations))
+    for column in ("operation", *(f"on {device}" for device in devices)):
+        table.add_column(column, no_wrap=True)
+    taken = {(found.operation, found.device): found.impl for found in info.operations}
+    for operation in dict.fromkeys(found.operation for found in info.operations):
+        table.add_row(operation, *(taken.get((operation, device), "") for device in devices))
+    parts: list[RenderableType] = [facts, table]
+    if verbose:
+        reasons = Table.grid(padding=(0, 1))
+        for line in info.refusals():
+            reasons.add_row("not", line)
+        parts.append(reasons)
+    else:
+        parts.append(Text("Why not another implementation: pyeff info --verbose", style="dim"))
+    return Group(*parts)
 
 
 def _plain() -> Table:
@@ -170,17 +177,3 @@ def _plain() -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     return table
-
-
-def _fields(value: Any) -> Mapping[str, Any]:
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        return "\n".join(f"{k}: {v}" for k, v in value.items())
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return "\n".join(map(str, value))
-    return str(value)

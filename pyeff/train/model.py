@@ -93,7 +93,7 @@ def load_model(
     if not name:
         raise UserError("the model has no name: give smollm2, a GGUF file, a directory or a hub name")
     if name == SMOLLM2:
-        location = str(_from_gguf(_smollm2_file(), _cache_root(cache_dir), notify))
+        location = str(_from_gguf(smollm2_file(), _cache_root(cache_dir), notify))
     elif name.endswith(".gguf"):
         location = str(_from_gguf(Path(name).expanduser(), _cache_root(cache_dir), notify))
     else:
@@ -196,7 +196,7 @@ def _refuse_pickled_shards(directory: Path) -> None:
         raise UserError(f"{index} names {other[0]}, which is no safetensors file: pickled weights are not read")
 
 
-def _smollm2_file() -> Path:
+def smollm2_file() -> Path:
     """Find the GGUF file among the package's files: the package itself needs more than it is installed with."""
     try:
         files = importlib.metadata.files(_SMOLLM2_PACKAGE) or []

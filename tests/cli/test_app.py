@@ -177,13 +177,23 @@ def test_compare_prints_the_table_and_writes_beside_the_runs(make_run, capsys, t
     assert (tmp_path / "here" / "compare.png").is_file()
 
 
-def test_info_lists_every_operation_on_every_device(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_info_shows_each_operation_in_one_line_of_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert run_app(["info"]) == 0
-    out = capsys.readouterr().out
-    for found in pyeff.info().operations:
-        assert any(found.operation in line and found.device in line for line in out.splitlines())
-    assert pyeff.info().version in out
+    lines = capsys.readouterr().out.splitlines()
+    info = pyeff.info()
+    for found in info.operations:
+        assert sum(line.split()[:1] == [found.operation] and found.impl in line.split() for line in lines) == 1
+    assert any(info.version in line for line in lines)
+    assert len(lines) < 2 * len(info.operations) + 40
+    assert run_app(["info", "--verbose"]) == 0
+    assert "the interpreter is for tests" in " ".join(capsys.readouterr().out.split()) or "triton" not in info.versions
+
+
+@pytest.mark.parametrize("command", [["-m", "pyeff"], ["-m", "pyeff.cli"]], ids=" ".join)
+def test_the_version_is_shown_by_the_command_and_the_module(command):
+    shown = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["pyeff", pyeff.__version__]
 
 
 def test_help_needs_neither_torch_nor_matplotlib_nor_transformers():

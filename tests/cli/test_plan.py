@@ -34,6 +34,19 @@ def test_json_is_the_whole_plan(directory: Path, capsys: pytest.CaptureFixture[s
     assert found["peak"]["total"] == max(phase["total"] for phase in found["phases"])
 
 
+def test_the_model_of_the_demo_is_planned_by_its_name(capsys: pytest.CaptureFixture[str]):
+    assert run_app(["plan", "smollm2", "--seq-len", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(layer["name"].startswith("layer ") for layer in found["layers"]) == 30
+
+
+def test_what_fits_nothing_says_so(directory: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_app(["plan", str(directory), "--seq-len", "64", "--device-memory", "1KB"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no batch and no sequence length fits" in shown
+    assert "batch 0" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
