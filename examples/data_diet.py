@@ -545,7 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files, plain or gzipped")
     parser.add_argument("--out", type=Path, default=Path("runs/data_diet"), help="where results are kept")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="initialisations and data orders, at least 2")
     parser.add_argument("--epochs", type=int, default=6, help="of training on all images: this is the whole budget")
     parser.add_argument("--early-epochs", type=int, default=1, help="after which EL2N scores")
     parser.add_argument("--replicates", type=int, default=4, help="networks whose scores are averaged")

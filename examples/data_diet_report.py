@@ -176,10 +176,12 @@ class Report:
     def markdown(self) -> str:
         """Everything between the markers of the page."""
         s, t, made_with = (self.results[name] for name in ("settings", "training", "made_with"))
+        epochs = f"{s['epochs']} epoch{'' if s['epochs'] == 1 else 's'}"
         parts = [
-            f"{s['train_images']} training and {s['test_images']} test images, {s['epochs']} epochs in batches of "
+            f"{s['train_images']} training and {s['test_images']} test images, {epochs} in batches of "
             f"{s['batch_size']}, {s['keep']:.0%} kept, {len(self.seeds)} seeds. Whole budget: "
-            f"{tera(self.results['budget_flops'])} TFLOPs, what {s['epochs']} epochs on all images take. "
+            f"{tera(self.results['budget_flops'])} TFLOPs, what {epochs} on all images take"
+            f"{'s' if s['epochs'] == 1 else ''}. "
             f"Nesterov SGD with learning rate {t['learning_rate']}, momentum {t['momentum']}, weight decay "
             f"{t['weight_decay']}, warm-up over {t['warmup']:.0%} of the steps, then a cosine to zero. torch "
             f"{made_with['torch']}, {made_with['device']}.",

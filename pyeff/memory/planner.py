@@ -128,7 +128,9 @@ class Option:
     @property
     def name(self) -> str:
         """The changes in words."""
-        return ", ".join(f"{key} {value}" for key, value in self.changes.items()) or "as asked"
+        # A smaller batch takes the same step in more parts.
+        more = {"batch": " with gradient accumulation"}
+        return ", ".join(f"{key} {value}{more.get(key, '')}" for key, value in self.changes.items()) or "as asked"
 
 
 @dataclass(frozen=True)

@@ -362,6 +362,10 @@ class GradientObservation:
                 self._had_gradient = any(p.grad is not None for _, p in self.parameters.values())
             self._settle()
         found, others = unobserved_uses(grad_fns(roots), self.parameters)
+        if found and self._strict and not self._forwards:
+            raise UnobservableError(
+                "no forward pass was observed: call the observed model inside the context, and then backward"
+            )
         if others:
             found |= {
                 name: "it did not require a gradient, or was not there, when the observation began"

@@ -107,6 +107,8 @@ def _check(
         raise ValueError("nothing is asked for: weight_grad and norms are False")
     if padding_idx is None:
         return None
+    if num_embeddings == 0:
+        raise ValueError(f"padding_idx must be None for a table without rows (num_embeddings=0), got {padding_idx}")
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise ValueError(f"padding_idx must be an index of the {num_embeddings} rows, got {padding_idx}")
     return padding_idx % num_embeddings
@@ -134,6 +136,10 @@ def _run(
     # Tokens of one index keep their order, so those of one sample stay together.
     index, order = torch.sort(indices.to(torch.int64), stable=True)
     if not indices.is_cuda and index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < num_embeddings:
+        if num_embeddings == 0:
+            raise ValueError(
+                f"indices must be none for a table without rows (num_embeddings=0), got {index.numel()} of them"
+            )
         raise ValueError(
             f"indices must be from 0 to {num_embeddings - 1}, the last row of the table, and go from {int(index[0])} "
             f"to {int(index[-1])}"

@@ -315,6 +315,16 @@ def _refused() -> dict[str, tuple[Callable[[], nn.Module], str]]:
     return {name: ((lambda m=model: m), match) for name, (model, match) in models.items()}
 
 
+def test_a_forward_pass_outside_the_context_is_said_in_one_sentence() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    loss = model(torch.randn(2, 3)).sum()
+    with pytest.raises(UnobservableError, match=r"inside the context, and then backward$"), pyeff.observe(model):
+        loss.backward()
+    with pyeff.observe(model, strict=False) as seen:
+        model(torch.randn(2, 3)).sum().backward()
+    assert not seen.unobserved
+
+
 @pytest.mark.parametrize("name", _refused())
 def test_what_cannot_be_observed_is_named_before_any_gradient(name: str) -> None:
     make, match = _refused()[name]

@@ -259,3 +259,11 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         pyeff.embedding_grad(indices, g, borders, 3, weight_grad=False, norms=False)
     with pytest.raises(ValueError, match="cu_seqlens must"):
         pyeff.embedding_grad(indices, g, torch.tensor([0, 8]), 3)
+
+
+def test_a_table_without_rows_is_named() -> None:
+    cu_seqlens = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"indices must be none for a table without rows \(num_embeddings=0\), got 1"):
+        pyeff.embedding_grad(torch.tensor([0]), torch.ones(1, 2), cu_seqlens, 0)
+    with pytest.raises(ValueError, match=r"padding_idx must be None for a table without rows"):
+        pyeff.embedding_grad(torch.tensor([0]), torch.ones(1, 2), cu_seqlens, 0, padding_idx=0)
