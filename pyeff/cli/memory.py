@@ -83,8 +83,8 @@ def _layers(plan: Plan) -> Table:
             first = shown[-1][0].split(" ")[1].split("–")[0]
             shown[-1] = (f"layers {first}–{layer.name.split(' ')[1]}, each", sizes)
         else:
-            tied = layer.name == "head" and not layer.parameters
-            shown.append(("head, tied to the embedding" if tied else layer.name, sizes))
+            tied = layer.name == "head" and 2 * layer.parameters < plan.layers[0].parameters
+            shown.append(("head, tied" if tied else layer.name, sizes))
     for name, sizes in shown:
         kept = size_text(sizes[3]) if plan.method == "account" else "n/a"
         table.add_row(name, *(size_text(size) for size in sizes[:3]), kept)
@@ -105,6 +105,9 @@ def _options(plan: Plan) -> Table:
         fits = "" if option.fits is None else "yes" if option.fits else "no"
         time = [_time(option.seconds)] if timed else []
         table.add_row(option.name, size_text(option.peak), *time, fits, style=None if option.changes else "bold")
+    if any("batch" in option.changes for option in shown):
+        table.caption = "accumulated: by gradient accumulation, with the same tokens a step"
+        table.caption_justify = "left"
     return table
 
 

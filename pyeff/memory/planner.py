@@ -129,7 +129,7 @@ class Option:
     def name(self) -> str:
         """The changes in words."""
         # A smaller batch takes the same step in more parts.
-        more = {"batch": " with gradient accumulation"}
+        more = {"batch": " accumulated"}
         return ", ".join(f"{key} {value}{more.get(key, '')}" for key, value in self.changes.items()) or "as asked"
 
 
@@ -190,6 +190,8 @@ class Plan:
             cost = ""
             if self.seconds and change.seconds:
                 cost = f" at {change.seconds / self.seconds:.2f} x the predicted time"
+            if "batch" in change.changes:
+                cost += ", by gradient accumulation"
             text += f". The single change that buys most: {change.name} ({size_text(change.peak)}{cost})"
         fitting = [option for option in self.options if option.fits]
         if self.fits is False and not (change and change.fits):

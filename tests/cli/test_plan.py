@@ -38,6 +38,10 @@ def test_the_model_of_the_demo_is_planned_by_its_name(capsys: pytest.CaptureFixt
     assert run_app(["plan", "smollm2", "--seq-len", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(layer["name"].startswith("layer ") for layer in found["layers"]) == 30
+    assert run_app(["plan", "smollm2", "--seq-len", "64", "--batch", "2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("head, tied", "batch 1 accumulated", "by gradient accumulation"):
+        assert words in shown
 
 
 def test_what_fits_nothing_says_so(directory: Path, capsys: pytest.CaptureFixture[str]):
