@@ -51,7 +51,7 @@ def candidates(capability: tuple[int, int]) -> list[Any]:
 def runs(call: Callable[[], tuple[torch.Tensor, ...]], total: torch.Tensor, norms_sq: torch.Tensor) -> str | None:
     """Why a choice is left out, or None."""
     try:
-        found, norms, _ = call()
+        found, norms, *_ = call()
         if found.is_cuda:
             torch.cuda.synchronize()
     except Exception as problem:  # a compiler has many ways to say that something does not fit

@@ -67,7 +67,9 @@ def check_packing(model: nn.Module) -> None:
     """Make sure that samples packed in one batch do not see each other, on a few tokens.
 
     Two laws: what stands in one sample must not change a bit of another's logits, and a sample must get the
-    logits it gets alone, up to the square root of its type's rounding unit.
+    logits it gets alone, up to the square root of its type's rounding unit. Experts get as many tokens as the
+    neighbour leaves them, and products of other shapes round otherwise: for a mixture the first law holds up to
+    the rounding that packing makes.
 
     Raises:
         UserError: they do, so this model cannot be trained on packed batches.
@@ -95,7 +97,8 @@ def check_packing(model: nn.Module) -> None:
     if not math.isfinite(difference):
         raise UserError(f"{type(core).__name__} computes logits that are not finite: its weights may hold NaN")
     allowed = math.sqrt(torch.finfo(core.dtype).eps) * alone.abs().max().item()
-    if not (leak <= repeat and difference <= allowed):
+    mixture = any(getattr(core.config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    if not (leak <= max(repeat, 4 * difference if mixture else 0.0) and difference <= allowed):
         raise UserError(
             f"{type(core).__name__} does not keep packed samples apart (a neighbour changes logits by "
             f"{leak:.2g}, packing by {difference:.2g}): it cannot be trained on packed batches"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +86,9 @@ class Trend:
         (0.95, 1.386)
         """
         logarithmic = self.rate * done * math.log1p(more / done)
-        settling = self.rate * (-math.expm1(-self.decay * more) / self.decay if self.decay > 0 else more)
+        x = self.decay * more
+        # Below the normal numbers x has lost digits; there nothing has settled.
+        settling = self.rate * (-math.expm1(-x) / self.decay if x >= sys.float_info.min else more)
         return min(logarithmic, settling), max(logarithmic, settling)
 
 
