@@ -303,8 +303,8 @@ def check_share(model: nn.Module, ids: Tensor, scored: Tensor, norm: Tensor, **i
     # The loss is a mean over all labels but the first of each row.
     loss = model(input_ids=ids, labels=labels, **inputs).loss
     (loss * ((labels[:, 1:] != -100).sum() / labels[:, 1:].numel())).backward()
-    alone = torch.stack([parameter.grad.float().norm() for parameter in model.parameters()]).norm()
-    torch.testing.assert_close(norm, alone, rtol=16 * torch.finfo(model.dtype).eps, atol=0)
+    alone = torch.stack([parameter.grad.double().norm() for parameter in model.parameters()]).norm()
+    torch.testing.assert_close(norm, alone.to(norm.dtype), rtol=16 * torch.finfo(model.dtype).eps, atol=0)
 
 
 @pytest.mark.benchmark(group="linear_grad")
