@@ -263,7 +263,10 @@ def test_training_step_of_six_blocks(
     else:
         print(problem)
     for name in functions.keys() - {"plain step"}:
-        torch.testing.assert_close(functions[name](), norms_sq, msg=lambda text, name=name: f"{name}: {text}")
+        # Ghost norms are sums over pairs of tokens in float32: each may lose a rounding.
+        rtol = (tokens if name.startswith("Opacus") else 11) * torch.finfo(torch.float32).eps
+        found = functions[name]()
+        torch.testing.assert_close(found, norms_sq, rtol=rtol, atol=0, msg=lambda text, name=name: f"{name}: {text}")
     contest(
         "pyeff, step with norms",
         functions,
