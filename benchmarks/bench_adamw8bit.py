@@ -112,6 +112,8 @@ def test_one_large_parameter(contest: Callable[..., Any], device: str, dtype: to
         target=fused_target(dtype),
         bytes=moved,
         bound="a copy of as many bytes",
+        # Where memory is fast the arithmetic binds, and 16-bit weights and AVX2 miss it by far (performance_notes.md).
+        enforced=device != "cpu",
     )
 
 

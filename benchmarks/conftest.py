@@ -92,8 +92,9 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
 
     `name` is our contender among `functions`; `target` the most its time may be of the baseline's; `flops` and `bytes`
     what one call must do and move; `bound` the contender that does nothing but the unavoidable part. Fails when the
-    target is missed by more than a quarter while the baseline was steady. On a GPU `memory_target` has both measure
-    their peak memory. With --tiny everything runs, and neither times nor targets mean anything.
+    target is missed by more than a quarter while the baseline was steady, unless it is not `enforced`: a goal that is
+    known to be missed on some machines, and printed. On a GPU `memory_target` has both measure their peak memory. With
+    --tiny everything runs, and neither times nor targets mean anything.
     """
     tiny = request.config.getoption("--tiny")
 
@@ -108,6 +109,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
         bound: str | None = None,
         pairs: int = 20,
         memory_target: float | None = None,
+        enforced: bool = True,
     ) -> Result:
         if tiny:
             timings = interleaved(functions, pairs=1)
@@ -120,7 +122,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
         benchmark.extra_info.update(_record(result))
         benchmark.pedantic(functions[name], rounds=3, warmup_rounds=1)
         request.config.stash[_REPORT].append((request.node.name, result))
-        if target is not None and result.counts and not tiny:
+        if target is not None and enforced and result.counts and not tiny:
             assert result.ratio.minimum <= FAILURE * target, "\n".join(["target missed", *result.lines()])
         return result
 
