@@ -287,7 +287,7 @@ def plan(
     >>> found.fits, found.peak.name
     (False, 'head backward')
     >>> found.best_change.name
-    'batch 1'
+    'batch 1 accumulated'
     """
     bytes_given = parse_size(device_memory) if device_memory is not None else None
     source = Source(model, dtype, inputs)
