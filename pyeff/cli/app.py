@@ -185,10 +185,11 @@ def plan(
     """Say what a training step keeps in memory, when, what fits, and what a change would buy."""
     _require(("pydantic", "transformers", *(("matplotlib",) if plot is not None else ())), "plan")
     from pyeff.memory import plan as make_plan
+    from pyeff.train.model import smollm2_file
 
     try:
         found = make_plan(
-            model,
+            str(smollm2_file()) if model == "smollm2" else model,
             seq_len=seq_len,
             batch=batch,
             accumulation=accumulation,

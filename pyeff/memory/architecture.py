@@ -163,7 +163,7 @@ def _plain_llama(config: Any) -> bool:
 
 
 def read_config(source: str | Path) -> Any:
-    """The transformers configuration of a model directory, a config.json, a GGUF file, "smollm2", or a name on the hub.
+    """The transformers configuration of a model directory, a config.json, a GGUF file, or a name on the hub.
 
     Raises `UserError` where there is none to read.
     """
@@ -172,10 +172,6 @@ def read_config(source: str | Path) -> Any:
     except ImportError as error:
         raise UserError("planning for a named model needs transformers: pip install 'pyeff[run]'") from error
     path = Path(source).expanduser()
-    if str(source) == "smollm2":
-        from pyeff.train.model import smollm2_file
-
-        path = smollm2_file()
     if not path.exists() and (str(source).startswith((".", "~", "/")) or str(source).count("/") > 1):
         raise UserError(f"there is no model directory or configuration {source}")
     if path.is_dir() and not (path / "config.json").is_file():
