@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,7 +43,7 @@ _KEY = b"pyeff.scores"
 Store = TypeVar("Store", bound="PartStore")
 
 
-class PartStore:
+class PartStore(ABC):
     """Rows by batch in a directory of Parquet parts, or in memory without a ``path``.
 
     ``header`` is JSON and says what was made by what and how; a directory with another one is refused. Use it as a
@@ -68,17 +69,17 @@ class PartStore:
         self._lock: OnlyProcess | None = None
         self._written_at = time.monotonic()
 
+    @abstractmethod
     def _take_in(self) -> None:
         """Read what is there of the directory into ``done`` and whatever else is kept."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _table(self) -> pa.Table:
         """The rows not yet written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep(self, table: pa.Table) -> None:
         """Take note of rows that are written, or stay in memory."""
-        raise NotImplementedError
 
     def _write(self, table: pa.Table, file: Any) -> None:
         arrow("parquet").write_table(table, file, write_page_checksum=True)
