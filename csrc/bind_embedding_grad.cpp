@@ -3,18 +3,12 @@
 
 #include <cstdint>
 
+#include "address.h"
 #include "cpu/embedding_grad.h"
 
 namespace py = pybind11;
 
-namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using pyeff::at;
 
 void bind_embedding_grad(py::module_& m) {
     m.def(

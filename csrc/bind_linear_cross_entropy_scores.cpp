@@ -3,18 +3,12 @@
 
 #include <cstdint>
 
+#include "address.h"
 #include "cpu/linear_cross_entropy_scores.h"
 
 namespace py = pybind11;
 
-namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using pyeff::at;
 
 void bind_linear_cross_entropy_scores(py::module_& m) {
     using pyeff::ScoreState;

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "address.h"
 #include "cpu/optimizer_step.h"
 #ifdef PYEFF_CUDA
 #include "cuda/optimizer_step.h"
@@ -13,12 +14,10 @@ namespace py = pybind11;
 
 namespace {
 
+using pyeff::at;
+
 // Tables of tensors are int64 memory, a row of these many numbers each.
 constexpr int64_t FIELDS = sizeof(pyeff::OptimizerTensor) / sizeof(int64_t);
-
-const pyeff::OptimizerTensor* tensors_at(uintptr_t address) {
-    return reinterpret_cast<const pyeff::OptimizerTensor*>(address);
-}
 
 // (lr, beta1, beta2, eps, weight_decay, dampening, clip_norm, seed, block_size, rule, coded, coupled, nesterov)
 pyeff::OptimizerRule rule_of(const py::tuple& r) {
@@ -29,8 +28,6 @@ pyeff::OptimizerRule rule_of(const py::tuple& r) {
 }
 
 #ifdef PYEFF_CUDA
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
 void raise_if(const std::string& problem, const char* operation) {
     if (!problem.empty()) throw std::runtime_error(std::string(operation) + ": " + problem);
 }
@@ -47,7 +44,7 @@ void bind_optimizer_step(py::module_& m) {
             const auto kernel = PYEFF_AT_LEVEL(optimizer_step);
             const auto numbers = rule_of(rule);
             py::gil_scoped_release unlocked;
-            return kernel(tensors_at(tensors), count, numbers, norm, threads);
+            return kernel(at<const pyeff::OptimizerTensor>(tensors), count, numbers, norm, threads);
         },
         py::arg("tensors"), py::arg("count"), py::arg("rule"), py::arg("norm"), py::arg("threads"));
     m.def(
@@ -55,7 +52,7 @@ void bind_optimizer_step(py::module_& m) {
         [](uintptr_t tensors, int64_t count, int threads) {
             const auto kernel = PYEFF_AT_LEVEL(global_norm);
             py::gil_scoped_release unlocked;
-            return kernel(tensors_at(tensors), count, threads);
+            return kernel(at<const pyeff::OptimizerTensor>(tensors), count, threads);
         },
         py::arg("tensors"), py::arg("count"), py::arg("threads"));
 #ifdef PYEFF_CUDA
@@ -64,9 +61,9 @@ void bind_optimizer_step(py::module_& m) {
     m.def(
         "optimizer_table_cuda",
         [](uintptr_t rows, int64_t count, uintptr_t tensors, uintptr_t chunks, int64_t chunk_count, uintptr_t stream) {
-            raise_if(pyeff::optimizer_table_cuda(
-                         tensors_at(rows), count, static_cast<pyeff::OptimizerTensor*>(pointer(tensors)),
-                         static_cast<pyeff::OptimizerChunk*>(pointer(chunks)), chunk_count, pointer(stream)),
+            raise_if(pyeff::optimizer_table_cuda(at<const pyeff::OptimizerTensor>(rows), count,
+                                                 at<pyeff::OptimizerTensor>(tensors), at<pyeff::OptimizerChunk>(chunks),
+                                                 chunk_count, at<void>(stream)),
                      "optimizer_table");
         },
         py::arg("rows"), py::arg("count"), py::arg("tensors"), py::arg("chunks"), py::arg("chunk_count"),
@@ -75,11 +72,10 @@ void bind_optimizer_step(py::module_& m) {
         "optimizer_step_cuda",
         [](uintptr_t tensors, int64_t count, uintptr_t chunks, int64_t chunk_count, const py::tuple& rule, uintptr_t lr,
            uintptr_t norm, uintptr_t skipped, uintptr_t scalars, uintptr_t stream) {
-            raise_if(pyeff::optimizer_step_cuda(
-                         tensors_at(tensors), count, static_cast<const pyeff::OptimizerChunk*>(pointer(chunks)),
-                         chunk_count, rule_of(rule), static_cast<const float*>(pointer(lr)),
-                         static_cast<const double*>(pointer(norm)), static_cast<int64_t*>(pointer(skipped)),
-                         static_cast<pyeff::StepScalars*>(pointer(scalars)), pointer(stream)),
+            raise_if(pyeff::optimizer_step_cuda(at<const pyeff::OptimizerTensor>(tensors), count,
+                                                at<const pyeff::OptimizerChunk>(chunks), chunk_count, rule_of(rule),
+                                                at<const float>(lr), at<const double>(norm), at<int64_t>(skipped),
+                                                at<pyeff::StepScalars>(scalars), at<void>(stream)),
                      "optimizer_step");
         },
         py::arg("tensors"), py::arg("count"), py::arg("chunks"), py::arg("chunk_count"), py::arg("rule"), py::arg("lr"),
@@ -88,9 +84,9 @@ void bind_optimizer_step(py::module_& m) {
         "global_norm_cuda",
         [](uintptr_t tensors, uintptr_t chunks, int64_t chunk_count, uintptr_t squares, uintptr_t norm,
            uintptr_t stream) {
-            raise_if(pyeff::global_norm_cuda(
-                         tensors_at(tensors), static_cast<const pyeff::OptimizerChunk*>(pointer(chunks)), chunk_count,
-                         static_cast<double*>(pointer(squares)), static_cast<double*>(pointer(norm)), pointer(stream)),
+            raise_if(pyeff::global_norm_cuda(at<const pyeff::OptimizerTensor>(tensors),
+                                             at<const pyeff::OptimizerChunk>(chunks), chunk_count, at<double>(squares),
+                                             at<double>(norm), at<void>(stream)),
                      "global_norm");
         },
         py::arg("tensors"), py::arg("chunks"), py::arg("chunk_count"), py::arg("squares"), py::arg("norm"),

@@ -2,18 +2,12 @@
 
 #include <cstdint>
 
+#include "address.h"
 #include "cpu/sketch_grads.h"
 
 namespace py = pybind11;
 
-namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using pyeff::at;
 
 void bind_sketch_grads(py::module_& m) {
     m.def(

@@ -4,16 +4,14 @@
 #include <array>
 #include <cstdint>
 
+#include "address.h"
 #include "cpu/vector_grad.h"
 
 namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using pyeff::at;
 
 pyeff::VectorRows rows_at(const py::tuple& rows) {
     return {at<const void>(rows[0].cast<uintptr_t>()), rows[1].cast<int64_t>()};
