@@ -28,6 +28,7 @@ from pyeff.governor.ledger import FIELDS, Ledger, LedgerEntry
 from pyeff.governor.log import DecisionLog, replay
 from pyeff.governor.log import read as read_decisions
 from pyeff.governor.loop import Governor
+from pyeff.governor.mixture import AdoMixture, CadsMixture
 from pyeff.governor.observation import (
     Action,
     Arm,
@@ -89,6 +90,7 @@ __all__ = [
     "MUENNIGHOFF",
     "UNITS",
     "Action",
+    "AdoMixture",
     "Advantage",
     "AnnealShape",
     "Arm",
@@ -96,6 +98,7 @@ __all__ = [
     "BatchSize",
     "Belief",
     "Budget",
+    "CadsMixture",
     "Chinchilla",
     "Conformal",
     "Cost",
