@@ -1,0 +1,401 @@
+"""Does training end where it would with 32-bit states? 20,000 steps of a small GPT under each optimizer, three seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/long_run.py            # runs what is missing; two at a time share the work
+    OMP_NUM_THREADS=1 python benchmarks/long_run.py --arms pyeff-fp32 --seeds 0
+    python benchmarks/long_run.py --report                     # table and figure of what there is
+
+A byte-level GPT (2 layers of width 64, 136 thousand parameters) reads the sources of Python's standard library; every
+twentieth file is kept for validation. A *cell* is an optimizer and a seed. The seed draws the initial weights and the
+order of the data, so that cells of one seed differ in the optimizer alone; arms with bf16 weights start from the same
+weights rounded. Activations are fp32 everywhere: bf16 weights are converted in each forward pass, and their gradients
+are rounded to bf16. A finished cell is a small JSON file in benchmarks/results/long_run; a cell that is killed goes on
+from its last checkpoint (a minute or two), with the bits it would have had. bitsandbytes and torchao are optional:
+their cells are left out, and named, where the library cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyeff._files import write_atomic, write_text_atomic
+from pyeff.optim import AdamW8bit
+from pyeff.train.checkpoint import join_tensors, split_tensors
+
+RESULTS = Path(__file__).parent / "results" / "long_run"
+CHECKPOINTS = Path(tempfile.gettempdir()) / "pyeff-long-run"
+SEEDS = (0, 1, 2)
+BYTES = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells share; cells of other settings or another text are not mixed."""
+
+    steps: int = 20_000
+    batch: int = 4
+    context: int = 64
+    width: int = 64
+    heads: int = 2
+    layers: int = 2
+    lr: float = 3e-3
+    """Reached after `warmup` steps, then a half cosine down to `last_lr` of it."""
+    warmup: int = 500
+    last_lr: float = 0.05
+    weight_decay: float = 0.1
+    evaluate_every: int = 500
+    windows: int = 256
+    """Of the validation text in a point of the curve; the last one has sixteen times as many."""
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+class Block(nn.Module):
+    """Attention and MLP behind norms."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """Logits of the next byte. All matrices have 4,096 elements or more, from where peers use 8 bits."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        width = settings.width
+        self.token, self.place = nn.Embedding(BYTES, width), nn.Embedding(settings.context, width)
+        self.blocks = nn.Sequential(*[Block(width, settings.heads) for _ in range(settings.layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, BYTES, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                depth = (2 * settings.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                nn.init.normal_(p, std=0.02 * depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.token(x) + self.place.weight)))
+
+
+def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross entropy of the bytes of [n, context + 1] windows, computed in fp32 whatever the weights are."""
+    weights = {name: p.float() for name, p in model.named_parameters()}
+    logits = torch.func.functional_call(model, weights, (windows[:, :-1],))
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+# --------------------------------------------------------------------------------------------------------- the text
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes to train on and to validate by, and what identifies them."""
+
+    train: Tensor
+    validation: Tensor
+    digest: str
+
+
+def standard_library() -> Text:
+    """All modules that come with this Python, in order of their paths."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [f.read_bytes() for f in sorted(root.rglob("*.py")) if "site-packages" not in f.parts]
+    train = b"".join(data for i, data in enumerate(files) if i % 20)
+    validation = b"".join(files[::20])
+    tensors = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, validation)]
+    return Text(*tensors, hashlib.sha256(train + validation).hexdigest()[:16])
+
+
+def windows_at(text: Tensor, starts: Tensor, context: int) -> Tensor:
+    """[n, context + 1] bytes from each start."""
+    return text[starts[:, None] + torch.arange(context + 1)].long()
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, text: Text, settings: Settings, windows: int) -> float:
+    """Of windows spread evenly over the validation text, the same for everybody."""
+    starts = torch.linspace(0, len(text.validation) - settings.context - 1, windows, dtype=torch.float64).long()
+    parts = [windows_at(text.validation, part, settings.context) for part in starts.split(64)]
+    return sum(loss_of(model, part).item() * len(part) for part in parts) / windows
+
+
+# ------------------------------------------------------------------------------------------------------ the optimizers
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An optimizer and the precision of the weights it is given."""
+
+    name: str
+    label: str
+    build: Callable[..., torch.optim.Optimizer]
+    weights: torch.dtype = torch.float32
+    library: str = "torch"
+
+
+def ours(**options: Any) -> Callable[..., torch.optim.Optimizer]:
+    return lambda params, **common: AdamW8bit(params, **options, **common)
+
+
+def bitsandbytes(params: Any, **common: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit as Peer
+
+    return Peer(params, **common)
+
+
+def torchao(params: Any, **common: Any) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit as Peer
+
+    return Peer(params, bf16_stochastic_round=True, **common)
+
+
+BF16 = torch.bfloat16
+ARMS = [
+    Arm("torch", "torch AdamW", torch.optim.AdamW),
+    Arm("pyeff-states-fp32", "pyeff, fp32 states", ours(states="fp32")),
+    Arm("pyeff-fp32", "pyeff AdamW8bit", ours()),
+    Arm("pyeff-bf16-stochastic", "pyeff AdamW8bit, stochastic", ours(master="stochastic"), BF16),
+    Arm("pyeff-bf16-ecc8", "pyeff AdamW8bit, ecc8", ours(master="ecc8"), BF16),
+    Arm("pyeff-bf16-fp32", "pyeff AdamW8bit, fp32 master", ours(master="fp32"), BF16),
+    Arm("pyeff-bf16-none", "pyeff AdamW8bit, none", ours(master="none"), BF16),
+    Arm("torch-bf16", "torch AdamW (bf16 states)", torch.optim.AdamW, BF16),
+    Arm("bitsandbytes-fp32", "bitsandbytes AdamW8bit", bitsandbytes, library="bitsandbytes"),
+    Arm("bitsandbytes-bf16", "bitsandbytes AdamW8bit", bitsandbytes, BF16, library="bitsandbytes"),
+    Arm("torchao-fp32", "torchao AdamW8bit", torchao, library="torchao"),
+    Arm("torchao-bf16", "torchao AdamW8bit, stochastic", torchao, BF16, library="torchao"),
+]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao: another number would compile another step
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def lr_at(step: int, settings: Settings) -> float:
+    """Linear up, half a cosine down."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / (settings.steps - settings.warmup)
+    return settings.lr * (settings.last_lr + (1 - settings.last_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of everything kept per block or element; tables that are shared count once."""
+    tensors: dict[int, Tensor] = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            parts = [value.codes, value.scale, value.qmap] if hasattr(value, "codes") else [value]
+            tensors |= {part.data_ptr(): part for part in parts if isinstance(part, Tensor) and part.numel() > 1}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+# ---------------------------------------------------------------------------------------------------- a cell's state
+
+
+def flattened(tree: Any) -> Any:
+    """torchao's quantised tensors as their parts, so that a file holds plain tensors."""
+    if hasattr(tree, "__tensor_flatten__"):
+        names, (signed, dtype) = tree.__tensor_flatten__()
+        return {"quantised": {n: getattr(tree, n) for n in names}, "signed": signed, "dtype": str(dtype)}
+    if isinstance(tree, dict):
+        return {key: flattened(value) for key, value in tree.items()}
+    return [flattened(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def unflattened(tree: Any) -> Any:
+    """The inverse of `flattened` (tuples come back as lists)."""
+    if isinstance(tree, dict) and "quantised" in tree:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        dtype = getattr(torch, tree["dtype"].removeprefix("torch."))
+        return OptimState8bit.__tensor_unflatten__(tree["quantised"], (tree["signed"], dtype))
+    if isinstance(tree, dict):
+        return {key: unflattened(value) for key, value in tree.items()}
+    return [unflattened(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def save_tree(path: Path, tree: dict[str, Any]) -> None:
+    """Tensors and plain values in one safetensors file."""
+    from safetensors.torch import save
+
+    plain, tensors = split_tensors(flattened(tree))
+    data = save({name: t.clone() for name, t in tensors.items()}, {"tree": json.dumps(plain)})
+    write_atomic(path, lambda file: file.write(data))
+
+
+def load_tree(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        plain = json.loads(file.metadata()["tree"])
+        tree: dict[str, Any] = unflattened(
+            join_tensors(plain, {name: file.get_tensor(name) for name in file.offset_keys()})
+        )
+    return tree
+
+
+class Cell:
+    """One optimizer on one seed, from its start or its last checkpoint."""
+
+    def __init__(self, arm: Arm, seed: int, text: Text, settings: Settings, checkpoint: Path) -> None:
+        self.arm, self.seed, self.text, self.settings, self.checkpoint = arm, seed, text, settings, checkpoint
+        self.identity = {"settings": asdict(settings), "text": text.digest, "arm": arm.name, "seed": seed}
+        torch.manual_seed(seed)
+        self.model = GPT(settings).to(arm.weights)
+        decay = settings.weight_decay
+        self.optimizer = arm.build(self.model.parameters(), lr=settings.lr, weight_decay=decay)
+        last = len(text.train) - settings.context - 1
+        order = torch.Generator().manual_seed(1000 + seed)
+        self.starts = torch.randint(last, (settings.steps, settings.batch), generator=order)
+        self.done, self.seconds = 0, 0.0
+        self.curve: list[list[float]] = []
+        if checkpoint.exists():
+            self.resume()
+
+    def save(self) -> None:
+        tree = {
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),  # torchao rounds by it
+            "done": self.done,
+            "seconds": self.seconds,
+            "curve": self.curve,
+        }
+        save_tree(self.checkpoint, tree)
+
+    def resume(self) -> None:
+        tree = load_tree(self.checkpoint)
+        if tree["identity"] != self.identity:
+            raise SystemExit(f"{self.checkpoint} is of other settings or another Python's library: remove it")
+        self.model.load_state_dict(tree["model"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        torch.set_rng_state(tree["random"])
+        self.done, self.seconds, self.curve = tree["done"], tree["seconds"], tree["curve"]
+
+    def run(self, until: int, *, save_every: float = 120.0) -> None:
+        """Go on to this many steps, with a checkpoint every `save_every` seconds."""
+        settings = self.settings
+        mark = saved = time.monotonic()
+        for step in range(self.done, until):
+            set_lr(self.optimizer, lr_at(step, settings))
+            loss = loss_of(self.model, windows_at(self.text.train, self.starts[step], settings.context))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.done = step + 1
+            if self.done % settings.evaluate_every == 0:
+                windows = settings.windows * (16 if self.done == settings.steps else 1)
+                self.curve.append([self.done, validation_loss(self.model, self.text, settings, windows)])
+            now = time.monotonic()
+            self.seconds, mark = self.seconds + now - mark, now
+            if now - saved > save_every:
+                self.save()
+                saved = now
+
+    def result(self) -> dict[str, Any]:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return self.identity | {
+            "weights": str(self.arm.weights).removeprefix("torch."),
+            "curve": [[step, round(loss, 6)] for step, loss in self.curve],
+            "validation_loss": self.curve[-1][1],
+            "parameters": parameters,
+            "state_bytes_per_parameter": state_bytes(self.optimizer) / parameters,
+            "seconds": round(self.seconds),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may run the cell; the kernel frees the lock of a process that dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def run_missing(arms: list[Arm], seeds: list[int], results: Path, checkpoints: Path) -> None:
+    """All arms of the first seed, then of the next."""
+    settings, text = Settings(), standard_library()
+    for folder in (results, checkpoints):
+        folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        for arm in arms:
+            name = f"{arm.name}-{seed}"
+            result, checkpoint = results / f"{name}.json", checkpoints / f"{name}.safetensors"
+            if importlib.util.find_spec(arm.library) is None:
+                print(f"{name}: {arm.library} is not installed", flush=True)
+                continue
+            with claimed(checkpoints / f"{name}.lock") as mine:
+                if not mine or result.exists():
+                    continue
+                cell = Cell(arm, seed, text, settings, checkpoint)
+                print(f"{name}: from step {cell.done}", flush=True)
+                cell.run(settings.steps)
+                write_text_atomic(result, json.dumps(cell.result()) + "\n")
+                checkpoint.unlink(missing_ok=True)
+                print(f"{name}: {cell.curve[-1][1]:.4f} after {cell.seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run or report."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--report", action="store_true", help="write docs/images/long_run.png and print the table")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    options = parser.parse_args()
+    if options.report:
+        from long_run_report import report
+
+        report(options.results)
+        return
+    arms = [arm for arm in ARMS if not options.arms or arm.name in options.arms]
+    run_missing(arms, options.seeds, options.results, options.checkpoints)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torchao compiles its step
+    torch.set_num_threads(1)
+    main()
