@@ -257,10 +257,9 @@ def load_tree(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
         plain = json.loads(file.metadata()["tree"])
-        tree: dict[str, Any] = unflattened(
-            join_tensors(plain, {name: file.get_tensor(name) for name in file.offset_keys()})
-        )
+    tree: dict[str, Any] = unflattened(join_tensors(plain, tensors))
     return tree
 
 
