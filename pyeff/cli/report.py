@@ -377,7 +377,10 @@ def _setup(record: RunRecord) -> str:
         rows.append(["threads", start["threads"]])
     planned = start.get("memory")
     if isinstance(planned, dict) and _is_number(planned.get("predicted_peak")) and _is_number(planned.get("limit")):
-        recomputed = "layers recomputed" if planned.get("gradient_checkpointing") else "nothing recomputed"
+        recomputed = {
+            "layer": "layers recomputed",
+            "attention": "layers recomputed but for their attention",
+        }.get(str(planned.get("checkpointing")), "nothing recomputed")
         rows.append(
             [
                 "memory of a step",

@@ -138,6 +138,7 @@ class TransformerShape:
         frozen_embedding: bool = False,
         input_requires_grad: bool = False,
         checkpointing: bool = False,
+        keep_attention: bool = False,
         early_stop: bool = True,
     ) -> int:
         """Return the FLOPs of one forward and backward pass.
@@ -154,6 +155,7 @@ class TransformerShape:
             frozen_embedding=frozen_embedding,
             input_requires_grad=input_requires_grad,
             checkpointing=checkpointing,
+            keep_attention=keep_attention,
             early_stop=early_stop,
         )
         return cost(tokens, pairs, head_tokens)
@@ -197,6 +199,7 @@ class TransformerShape:
         frozen_embedding: bool = False,
         input_requires_grad: bool = False,
         checkpointing: bool = False,
+        keep_attention: bool = False,
         early_stop: bool = True,
     ) -> Cost:
         """Return a training step's FLOPs as a function of the work.
@@ -211,6 +214,7 @@ class TransformerShape:
                 as under transformers' ``enable_input_require_grads``. Otherwise, with LoRA, the first layer's
                 products owe no input gradient.
             checkpointing: every layer's forward is run again in the backward.
+            keep_attention: but for attention, whose results `pyeff.checkpoint` keeps; used with ``checkpointing``.
             early_stop: recomputation ends once every saved tensor is back, so a layer's last product is not
                 repeated (torch's non-reentrant checkpoint); False for the reentrant one, or where dropout
                 follows.
@@ -233,6 +237,7 @@ class TransformerShape:
             trainable == "full" and not frozen_embedding,
             input_requires_grad,
             checkpointing,
+            keep_attention,
             early_stop,
         )
 
@@ -255,6 +260,7 @@ def _train_cost(
     embedding_trained: bool,
     input_requires_grad: bool,
     checkpointing: bool,
+    keep_attention: bool,
     early_stop: bool,
 ) -> Cost:
     forward = _forward_cost(shape)
@@ -276,7 +282,7 @@ def _train_cost(
             # tensor is the second one's input.
             last = 2 * rank * width_out if "down" in targets else 2 * width_in * width_out
         per_token += forward.per_token + shape.layers * (adapters - last)
-        per_pair += forward.per_pair
+        per_pair += 0 if keep_attention else forward.per_pair
     per_head_token = forward.per_head_token * (1 + flows + head_trained)
     return Cost(per_token, per_pair, per_head_token)
 

@@ -470,8 +470,8 @@ class Planner:
                 adapters=adapters,
                 checkpointing=settings.checkpointing,
                 head=settings.head,
-                # peft and transformers do so together whenever layers are checkpointed.
-                input_gradients=adapters is not None and settings.checkpointing != "none",
+                # peft and transformers do so together whenever transformers checkpoints layers.
+                input_gradients=adapters is not None and settings.checkpointing == "layer",
             )
             self._simulations[key] = simulate(tape, gradients_held=settings.accumulation > 1)
         return self._simulations[key]
@@ -498,8 +498,9 @@ class Planner:
             trainable="full" if adapters is None else "lora",
             lora_rank=0 if adapters is None else adapters.rank,
             lora_targets=linears & set(shape.linears),
-            input_requires_grad=adapters is not None and settings.checkpointing != "none",
+            input_requires_grad=adapters is not None and settings.checkpointing == "layer",
             checkpointing=settings.checkpointing != "none",
+            keep_attention=settings.checkpointing == "attention",
             early_stop=settings.lora_dropout == 0,
         )
         tokens, rows = settings.seq_len, settings.batch
@@ -511,8 +512,6 @@ class Planner:
         if settings.head == "fused":  # forms the softmax again
             positions = rows * tokens if settings.head_tokens is None else settings.head_tokens
             total += shape.forward(0, attention_pairs=0, head_tokens=positions)
-        if settings.checkpointing == "attention":
-            total -= shape.forward(0, attention_pairs=pairs, head_tokens=0)
         return total * settings.accumulation
 
     def seconds(self, settings: Settings) -> float | None:
@@ -529,14 +528,18 @@ class Planner:
         """Whether the peak is within the device's memory."""
         return None if self.device_memory is None else self.peak(settings) <= self.device_memory
 
-    def options(self, settings: Settings) -> list[Option]:
-        """Other ways to take the same step, ranked: what fits first, then by time (or FLOPs), then by peak."""
+    def checkpointings(self) -> tuple[Checkpointing, ...]:
+        """Those that the model can be planned and trained with, the one that keeps most first."""
         architecture = self.source.architecture
-        known = architecture is not None
         # `pyeff.attention` has no dropout.
         keeping = architecture is not None and not architecture.attention_dropout
+        return ("none", "attention", "layer") if keeping else ("none", "layer")
+
+    def options(self, settings: Settings) -> list[Option]:
+        """Other ways to take the same step, ranked: what fits first, then by time (or FLOPs), then by peak."""
+        known = self.source.architecture is not None
         values: dict[str, list[Any]] = {
-            "checkpointing": ["none", "layer", "attention"] if keeping else ["none", "layer"],
+            "checkpointing": list(self.checkpointings()),
             "head": ["logits", "fused"] if known else [settings.head],
         }
         if not known and not hasattr(

@@ -117,7 +117,7 @@ class Tape:
                 passes,
                 workspace if differentiated else 0,
                 forward_workspace,
-                tuple(keep) if differentiated else (),
+                tuple(keep),  # attention below every adapter is not run again either
                 tuple(held),
                 saves_weight and any(b.grad for b in inputs),
             )

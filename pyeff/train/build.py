@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyeff.data import EncodedSample, pack_one
 from pyeff.errors import UserError
 from pyeff.governor import TransformerShape
+from pyeff.scoring.language_model import packed_inputs, without_adapters
 from pyeff.train.config import LoRAConfig, OptimizerConfig
 
 # Names of the matrices in `pyeff.governor.flops` by what the modules are called in transformers.
@@ -80,6 +82,28 @@ def recompute_activations(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def keep_attention(model: nn.Module) -> None:
+    """Keep each layer's input and what its attention returned, and run the rest of it again in the backward.
+
+    Raises `UserError` where the model has attention that `pyeff.attention` cannot stand for. Cost: one forward pass of
+    a few tokens.
+    """
+    from pyeff.memory import AttentionRerunError, checkpoint
+
+    core = without_adapters(model)
+    samples = [EncodedSample([1] * length, 1, i) for i, length in enumerate((2, 3))]
+    batch = pack_one(samples).to(core.device)
+    was = model.training
+    try:
+        checkpoint(model)
+        model.train()
+        core(**packed_inputs(batch))  # masks and dropout show when it runs
+    except (ValueError, AttentionRerunError) as error:
+        raise UserError(f"checkpointing attention: {error} (in a configuration: checkpointing: layer)") from error
+    finally:
+        model.train(was)
 
 
 def make_optimizer(settings: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -15,8 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pyeff.data.sources import Source
 from pyeff.errors import UserError
-from pyeff.governor import Budget, GovernorConfig
+from pyeff.governor import Budget, GovernorConfig, parse_price
 from pyeff.memory.planner import parse_size
+from pyeff.memory.transformer import Checkpointing
+
+# Of the budget. What is not training must be small beside it, or be asked for.
+_OVERHEAD_CAP = 0.05
 
 
 class _Strict(BaseModel):
@@ -99,8 +103,9 @@ class RunConfig(_Strict):
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoRAConfig | None = None
-    # None: off, or what the planner chooses within `memory`.
-    gradient_checkpointing: bool | None = None
+    # What a layer keeps for its backward: everything, its input ("layer"), or its input and attention's results
+    # ("attention", as `pyeff.checkpoint`). None: everything, or what the planner chooses within `memory`.
+    checkpointing: Checkpointing | None = None
     # Bytes of a training step's tensors, such as "20GB"; what is left open above and below is then chosen to fit.
     memory: str | int | None = None
     data: DataConfig
@@ -110,8 +115,14 @@ class RunConfig(_Strict):
     # or what the planner chooses within `memory`.
     micro_batch_tokens: int | None = Field(default=None, ge=2)
     budget: str
+    # What the budget must return, such as "0.01 per PF" or "0.02 for 10%": a run that no longer does ends early. None:
+    # the budget is paid for and is spent whole.
+    price: str | None = None
     policy: Literal["governor", "uniform"] = "governor"
     selector: SelectorConfig = SelectorConfig()
+    # Of the batches after a selection, drawn from the whole pool instead: they measure what the selection is worth.
+    control_share: float = Field(default=0.05, ge=0, le=0.5)
+    # Evaluation, scoring and probes together take at most `overhead_cap` of the budget: 0.05 unless it says otherwise.
     governor: dict[str, Any] = Field(default_factory=dict)
     # A fifth is where 1-sqrt cooldowns stop improving (Haegele et al., 2024, arXiv:2405.18392).
     cooldown: float = Field(default=0.2, ge=0, lt=1)
@@ -147,7 +158,13 @@ class RunConfig(_Strict):
             GovernorConfig(**value)
         except TypeError as error:
             raise ValueError(str(error)) from error
-        return value
+        return {"overhead_cap": _OVERHEAD_CAP, **value}
+
+    @model_validator(mode="after")
+    def _price_is_in_the_budgets_unit(self) -> RunConfig:
+        if self.price is not None:
+            parse_price(self.price, self.parsed_budget)
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> RunConfig:
@@ -171,6 +188,11 @@ class RunConfig(_Strict):
     def parsed_budget(self) -> Budget:
         """The budget as an amount and a unit."""
         return Budget.parse(self.budget)
+
+    @property
+    def parsed_price(self) -> float | None:
+        """Nats that a unit of the budget must return; None where nothing is asked of it."""
+        return None if self.price is None else parse_price(self.price, self.parsed_budget)
 
     @property
     def governor_config(self) -> GovernorConfig:

@@ -15,12 +15,19 @@ from torch import nn
 
 from pyeff.data import DataOrder, EncodedSamples, PackedBatch, label_positions, pack
 from pyeff.errors import UserError
-from pyeff.governor import Cost, format_amount
+from pyeff.governor import Cost, attention_pairs, format_amount
 from pyeff.scoring import PoolScores, score_batches
 from pyeff.scoring.language import PACKING_WINDOW
 from pyeff.scoring.language_model import check_head, check_packing, head_weight, last_hidden_state
 from pyeff.train import checkpoint as checkpoints
-from pyeff.train.build import lora_linears, make_optimizer, own_memory, recompute_activations, with_lora
+from pyeff.train.build import (
+    keep_attention,
+    lora_linears,
+    make_optimizer,
+    own_memory,
+    recompute_activations,
+    with_lora,
+)
 from pyeff.train.config import RunConfig
 from pyeff.train.ema import EMA
 from pyeff.train.evaluate import generation_work, greedy_answers, same_answer, sample_losses
@@ -60,7 +67,8 @@ class Job:
         shape = self.loaded.shape
         self.step_shape = step_shape(config, self.model, self.task.pool)
         checkpointing = self.step_shape.checkpointing
-        train_cost = shape.train_cost(checkpointing=checkpointing)
+        recomputation = {"checkpointing": checkpointing != "none", "keep_attention": checkpointing == "attention"}
+        train_cost = shape.train_cost(**recomputation)
         adapters = 0
         if config.lora is not None:
             self.model = with_lora(self.model, config.lora, seed=config.seed)
@@ -69,15 +77,17 @@ class Job:
                 trainable="lora",
                 lora_rank=config.lora.rank,
                 lora_targets=targets,
-                checkpointing=checkpointing,
+                **recomputation,
                 # transformers lets the embedding's output require a gradient when it recomputes layers with adapters.
-                input_requires_grad=checkpointing,
+                input_requires_grad=checkpointing == "layer",
                 # Dropout in an adapter runs after its matrix, so the recomputation has no early end.
                 early_stop=config.lora.dropout == 0,
             )
             adapters = shape.layers * sum(2 * config.lora.rank * sum(shape.linears[t]) for t in targets)
-        if checkpointing:
+        if checkpointing == "layer":
             recompute_activations(self.model)
+        elif checkpointing == "attention":
+            keep_attention(self.model)
         forward = Cost(
             per_token=shape.forward(1, attention_pairs=0, head_tokens=0) + adapters,
             per_pair=shape.forward(0, attention_pairs=1, head_tokens=0),
@@ -119,6 +129,13 @@ class Job:
         answers = int(label_positions(batch).targets.numel())
         return cost(batch.tokens, batch.tokens**2, answers)
 
+    def train_flops(self, batch: PackedBatch) -> int:
+        """Of training on one micro-batch: all pairs of its tokens, or each sample's own where attention is kept."""
+        pairs = batch.tokens**2
+        if self.step_shape.checkpointing == "attention":
+            pairs = attention_pairs(batch.cu_seqlens.diff().tolist(), causal=True)
+        return self.meter.train(batch.tokens, pairs, int(label_positions(batch).targets.numel()))
+
     def evaluation_flops(self) -> int:
         """Of judging the model once, before or after training."""
         return self.flops["anchors"] + self.flops["holdout"] + self.generation_flops
@@ -155,7 +172,7 @@ class Job:
             max_tokens=self.step_shape.micro_tokens,
             window=PACKING_WINDOW,
         )
-        flops = sum(self._batch_flops(batch, self.meter.train) for batch in micro_batches)
+        flops = sum(self.train_flops(batch) for batch in micro_batches)
         return micro_batches, sum(batch.tokens for batch in micro_batches), flops
 
     def refuse_small_budget(self) -> None:
@@ -191,7 +208,7 @@ class Job:
         """What things will cost, in FLOPs, and about how many steps that leaves (None for a time budget)."""
         budget, pool = self.meter.budget, self.task.pool
         epoch = pack(pool, range(len(pool)), max_tokens=self.step_shape.micro_tokens, window=PACKING_WINDOW)
-        per_token = sum(self._batch_flops(batch, self.meter.train) for batch in epoch) / pool.tokens
+        per_token = sum(self.train_flops(batch) for batch in epoch) / pool.tokens
         checks = math.floor((1 - self.config.cooldown) / self.config.governor_config.check_every)
         steps = {
             "flops": (budget.amount - 2 * self.evaluation_flops() - checks * self.flops["anchors"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyeff.errors import UserError
 from pyeff.memory.planner import Plan, Planner, Settings, Source, parse_size, size_text
 from pyeff.memory.rates import Rates
+from pyeff.memory.transformer import Checkpointing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ _RATES = Rates(1e11, 1e10, "estimate", "cpu")
 class StepShape:
     """What was chosen, and the plan it was chosen by (None where no memory was given)."""
 
-    checkpointing: bool
+    checkpointing: Checkpointing
     micro_tokens: int
     plan: Plan | None = None
 
@@ -40,7 +41,7 @@ class StepShape:
                 name: getattr(peak, name)
                 for name in ("parameters", "states", "gradients", "activations", "working", "other")
             },
-            "gradient_checkpointing": self.checkpointing,
+            "checkpointing": self.checkpointing,
             "micro_batch_tokens": self.micro_tokens,
         }
 
@@ -55,16 +56,16 @@ def step_shape(config: RunConfig, model: nn.Module, pool: EncodedSamples) -> Ste
     Raises `UserError` where nothing fits, with the nearest option.
     """
     if config.memory is None:
-        return StepShape(bool(config.gradient_checkpointing), config.micro_tokens)
+        return StepShape(config.checkpointing or "none", config.micro_tokens)
     limit = parse_size(config.memory)
     source = Source(model, config.dtype)
     averages = 4 * sum(p.numel() for p in model.parameters()) if config.lora is None else 0
     planner = Planner(source, other_bytes=averages, rates=_RATES, device_memory=limit)
     share = max(sample.answer_length / len(sample) for sample in pool.encoded)
-    asked = config.gradient_checkpointing
+    asked = config.checkpointing
     candidates = [
         (_settings(config, tokens, checkpointing, share), checkpointing, tokens)
-        for checkpointing in ((False, True) if asked is None else (asked,))
+        for checkpointing in (planner.checkpointings() if asked is None else (asked,))
         for tokens in _micro_tokens(config)
     ]
     if config.lora is not None:
@@ -75,14 +76,14 @@ def step_shape(config: RunConfig, model: nn.Module, pool: EncodedSamples) -> Ste
         settings, checkpointing, tokens = min(candidates, key=lambda item: planner.peak(item[0]))
         raise UserError(
             f"memory: {size_text(limit)} do not hold a training step of {config.model}: the nearest option needs "
-            f"{size_text(planner.peak(settings))} (gradient_checkpointing {str(checkpointing).lower()}, "
+            f"{size_text(planner.peak(settings))} (checkpointing {checkpointing}, "
             f"micro_batch_tokens {tokens}); {_advice(config)}"
         )
     settings, checkpointing, tokens = min(fitting, key=lambda item: (planner.seconds(item[0]), -item[2]))
     return StepShape(checkpointing, tokens, planner.plan(settings, search=False))
 
 
-def _settings(config: RunConfig, tokens: int, checkpointing: bool, answers: float) -> Settings:
+def _settings(config: RunConfig, tokens: int, checkpointing: Checkpointing, answers: float) -> Settings:
     lora: dict[str, Any] = {}
     if config.lora is not None:
         wanted = config.lora.target_modules
@@ -97,7 +98,7 @@ def _settings(config: RunConfig, tokens: int, checkpointing: bool, answers: floa
         accumulation=-(-config.batch_tokens // tokens),
         dtype=config.dtype,
         optimizer="adamw8bit" if config.optimizer.states == "8bit" else "adamw",
-        checkpointing="layer" if checkpointing else "none",
+        checkpointing=checkpointing,
         # Logits are computed where an answer is predicted; no micro-batch holds a larger share of them than a sample.
         head_tokens=min(tokens, round(answers * tokens + 0.5)),
         device="cpu",
@@ -117,8 +118,8 @@ def _micro_tokens(config: RunConfig) -> list[int]:
 
 def _advice(config: RunConfig) -> str:
     tips = []
-    if config.micro_batch_tokens is not None or config.gradient_checkpointing is False:
-        tips.append("leave micro_batch_tokens and gradient_checkpointing to the planner")
+    if config.micro_batch_tokens is not None or config.checkpointing not in (None, "layer"):
+        tips.append("leave micro_batch_tokens and checkpointing to the planner")
     if config.optimizer.states != "8bit":
         tips.append("take optimizer.states 8bit")
     if config.lora is None:

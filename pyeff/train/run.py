@@ -16,35 +16,31 @@ from __future__ import annotations
 import errno
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyeff._files import OnlyProcess
-from pyeff.data import DataOrder, PackedBatch, label_positions
+from pyeff.data import PackedBatch, label_positions
 from pyeff.errors import UserError
 from pyeff.governor import Ledger, paired_gain
 from pyeff.governor.log import DecisionLog
-from pyeff.governor.policy import Action, GovernorPolicy, Observation, UniformPolicy
-from pyeff.scoring import PoolScores, cosine_similarity
-from pyeff.selection import Selection, select
+from pyeff.governor.policy import Action, Observation
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.config import RunConfig
+from pyeff.train.course import Course
 from pyeff.train.directory import changed_key, end_event, stored_config
 from pyeff.train.evaluate import summarize_losses, summed_loss
 from pyeff.train.events import Event, EventLog, Observer
 from pyeff.train.job import Job
-from pyeff.train.model import _quiet
-from pyeff.train.state import FirstRefresh, State, Trend, trend
-
-_EXAMPLES = 12
+from pyeff.train.refresh import refresh
+from pyeff.train.result import save_model, selection_paid
+from pyeff.train.state import State
 
 
 @dataclass(frozen=True)
@@ -112,12 +108,13 @@ class _Run:
 
     def __init__(self, job: Job, observers: Iterable[Observer]) -> None:
         self.job, self.config, self.out, self.meter = job, job.config, job.out, job.meter
-        self.model, self.task, self.parameters = job.model, job.task, job.parameters
-        self.optimizer, self.ema = job.optimizer, job.ema
-        self.order = DataOrder(len(job.task.pool), job.config.seed, lengths=job.task.pool.lengths)
-        self.policy = (GovernorPolicy if job.config.policy == "governor" else UniformPolicy)(job.config.governor_config)
-        self.state = State()
+        self.course = Course(job)
         self.observers = tuple(observers)
+
+    @property
+    def state(self) -> State:
+        """Replaced when a checkpoint is taken up."""
+        return self.course.state
 
     def _final_reserve(self) -> float:
         """What the evaluations at the end will cost, and with a time budget the writing of the result."""
@@ -157,7 +154,7 @@ class _Run:
         self.decisions.truncate_to(0)
         if resumed:
             self.meter.lost_since(Ledger())
-        pool, budget = self.task.pool, self.meter.budget
+        task, budget = self.job.task, self.meter.budget
         self._emit(
             "start",
             config=self.config.model_dump(mode="json"),
@@ -166,19 +163,19 @@ class _Run:
             model={
                 "name": self.config.model,
                 "parameters": self.job.loaded.parameters,
-                "trainable": sum(parameter.numel() for parameter in self.parameters.values()),
+                "trainable": sum(parameter.numel() for parameter in self.job.parameters.values()),
             },
             pool={
-                "samples": len(pool),
-                "tokens": pool.tokens,
-                "by_source": dict(Counter(sample.source for sample in pool.samples)),
-                "removed": self.task.removed,
-                "dropped": self.task.dropped,
+                "samples": len(task.pool),
+                "tokens": task.pool.tokens,
+                "by_source": dict(Counter(sample.source for sample in task.pool.samples)),
+                "removed": task.removed,
+                "dropped": task.dropped,
             },
             target={
-                "anchors": len(self.task.anchors),
-                "holdout": len(self.task.holdout),
-                "selection": len(self.task.target),
+                "anchors": len(task.anchors),
+                "holdout": len(task.holdout),
+                "selection": len(task.target),
             },
             estimates=self.job.estimates(),
             memory=self.job.step_shape.to_dict(),
@@ -209,13 +206,14 @@ class _Run:
         # The first step comes before any check: it was promised to fit.
         due = state.steps > 0 and self.meter.spent >= min(state.next_check, plateau_end)
         if state.phase == "train" and due:
-            check = self.meter.price("eval", flops=self.job.flops["anchors"])
+            check = self.meter.price("eval", flops=self.job.flops["anchors"]) + self.course.control.price
             if self.meter.fits(check, reserve=reserve):
                 self._check()
             else:
                 self._enter_cooldown(early=False)
             return True
-        micro_batches, tokens, flops = self.job.next_batch(self.order)
+        order = self.course.control.order_of(state.steps, self.course.order)
+        micro_batches, tokens, flops = self.job.next_batch(order)
         price = self.meter.price(state.phase, flops=flops, tokens=tokens)
         over = state.phase == "cooldown" and self.meter.spent + price > state.cooldown_end
         if over or not self.meter.fits(price, reserve=reserve):
@@ -230,33 +228,35 @@ class _Run:
         return True
 
     def _step(self, micro_batches: Sequence[PackedBatch], price: float) -> None:
-        config, state = self.config, self.state
+        config, state, job = self.config, self.state, self.job
         # What is random in a step (dropout) depends on its number alone, not on what was drawn before.
         torch.manual_seed(config.seed * 2**31 + state.steps)
-        self.model.train()
+        job.model.train()
         lr = self._learning_rate(price)
-        for group in self.optimizer.param_groups:
+        for group in job.optimizer.param_groups:
             group["lr"] = lr
         answers = sum(int(label_positions(batch).targets.numel()) for batch in micro_batches)
         loss = 0.0
         for batch in micro_batches:
             where = label_positions(batch)
-            part = summed_loss(self.model, batch, where) / answers
+            part = summed_loss(job.model, batch, where) / answers
             part.backward()
             loss += float(part.detach())
             self.meter.charge(
                 state.phase,
-                flops=self.meter.train(batch.tokens, batch.tokens**2, int(where.targets.numel())),
+                flops=self.job.train_flops(batch),
                 tokens=batch.tokens,
             )
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), config.optimizer.clip))
+        if state.scored_at is not None:
+            self.course.control.measure(state.steps, age=self.meter.spent - state.scored_at)
+        grad_norm = float(nn.utils.clip_grad_norm_(job.parameters.values(), config.optimizer.clip))
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss became {loss}")
         if not math.isfinite(grad_norm):
             raise self._not_finite(f"the gradient norm became {grad_norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+        job.ema.update()
         state.steps += 1
         self.meter.charge(state.phase)
         self._emit(
@@ -296,6 +296,7 @@ class _Run:
     def _check(self) -> None:
         state, meter = self.state, self.meter
         now = self._evaluate("anchors")
+        drift = self.course.control.look()
         observation = Observation(
             step=state.steps,
             spent=meter.spent,
@@ -310,8 +311,11 @@ class _Run:
             refreshes_done=state.refreshes,
             loss_finite=True,
             overhead=meter.ledger.overhead_spent(meter.unit),
+            price=self.config.parsed_price,
+            advantage=self.course.control.reading(),
+            drift=() if drift is None else (drift,),
         )
-        decision = self.policy.decide(observation)
+        decision = self.course.policy.decide(observation)
         self.decisions.append(decision)
         record = decision.to_dict()
         state.decisions[decision.action.value] = state.decisions.get(decision.action.value, 0) + 1
@@ -319,7 +323,8 @@ class _Run:
         state.history.append((observation.spent - state.scoring_spent, summarize_losses(now).loss))
         state.anchors, state.anchors_at = now, observation.spent
         if decision.action is Action.REFRESH:
-            self._refresh()
+            checks = (meter.budget.amount - observation.cooldown_cost - meter.spent) / self._check_interval()
+            refresh(self.course, checks_left=math.ceil(max(checks, 0.0)), emit=self._emit)
         elif decision.action is Action.COOLDOWN:
             left = meter.budget.amount - meter.spent - observation.cooldown_cost
             self._enter_cooldown(early=left >= self._check_interval())
@@ -336,89 +341,6 @@ class _Run:
         state.cooldown_start = meter.spent
         state.cooldown_end = meter.spent + (min(self._cooldown_amount(), left) if early else left)
         state.reason = "training stopped paying" if early else "the budget is spent"
-
-    def _refresh(self) -> None:
-        """Score the pool with the averaged weights, select, and train on the selection from here on."""
-        config, state = self.config, self.state
-        before = self.meter.ledger.entry("score")
-        spent_before = self.meter.spent
-        pool = self.job.score("pool")
-        target = self.job.score("target")
-        after = self.meter.ledger.entry("score")
-        similarity = cosine_similarity(pool.embeddings, target.embeddings)
-        summary = {
-            name: {"mean": float(np.nanmean(v)), "min": float(np.nanmin(v)), "max": float(np.nanmax(v))}
-            for name, v in {**pool.fields, "target_similarity": similarity.max(axis=1)}.items()
-            if not np.isnan(v).all()
-        }
-        self._emit(
-            "score",
-            step=state.steps,
-            samples=len(self.task.pool),
-            flops=after.flops - before.flops,
-            seconds=after.seconds - before.seconds,
-            summary=summary,
-        )
-        selection = select(
-            pool.fields,
-            score=config.selector.score,
-            keep=config.selector.keep,
-            drop_hardest=config.selector.drop_hardest,
-            similarity=similarity,
-            seed=config.seed * 2**20 + state.refreshes,
-        )
-        self.order.set_indices(selection.indices.tolist())
-        if state.refreshes == 0:
-            before_it = trend(state.history)
-            state.first_refresh = FirstRefresh(
-                trained=spent_before - state.scoring_spent,
-                loss=summarize_losses(state.anchors).loss,
-                trend=None if before_it is None else [before_it.rate, before_it.decay],
-                cost=self.meter.spent - spent_before,
-                anchors=state.anchors,
-            )
-        state.refreshes += 1
-        state.scoring_spent += self.meter.spent - spent_before
-        state.scored_at = self.meter.spent
-        self._emit(
-            "select",
-            step=state.steps,
-            selector=config.selector.score,
-            kept=int(selection.indices.size),
-            of=len(self.task.pool),
-            by_source=self._by_source(selection),
-            examples=self._examples(selection, pool),
-        )
-
-    def _by_source(self, selection: Selection) -> dict[str, list[int]]:
-        samples = self.task.pool.samples
-        total = Counter(sample.source for sample in samples)
-        kept = Counter(samples[i].source for i in selection.indices)
-        return {source: [kept[source], count] for source, count in sorted(total.items())}
-
-    def _examples(self, selection: Selection, pool: PoolScores) -> list[dict[str, Any]]:
-        """Some kept and some left out, spread over the ranking, with what they were scored."""
-        kept = set(selection.indices.tolist())
-        ranked: list[int] = np.argsort(-selection.values, kind="stable").tolist()
-        chosen: list[int] = []
-        for members in ([i for i in ranked if i in kept], [i for i in ranked if i not in kept]):
-            count = min(_EXAMPLES // 2, len(members))
-            chosen += [members[j * (len(members) - 1) // max(count - 1, 1)] for j in range(count)]
-        examples = []
-        for i in chosen:
-            sample = self.task.pool.samples[i]
-            examples.append(
-                {
-                    "id": sample.id,
-                    "source": sample.source,
-                    "prompt": sample.prompt,
-                    "answer": sample.answer,
-                    "score": float(selection.values[i]),
-                    "nll": float(pool.fields["nll"][i]),
-                    "kept": i in kept,
-                }
-            )
-        return examples
 
     # ---- evaluation
 
@@ -452,11 +374,16 @@ class _Run:
         holdout = self._evaluate("holdout")
         exact = self._exact_match("end")
         if self.config.save_model:
-            self._save_model()
+            save_model(self.job, self.out)
             meter.charge("eval")
         gain = paired_gain(state.holdout_before, holdout)
         before, after = summarize_losses(state.holdout_before), summarize_losses(holdout)
-        paid, why = self._selection_paid(anchors)
+        paid, why = selection_paid(
+            state.first_refresh,
+            anchors,
+            spent=meter.spent,
+            log_scatter=self.config.governor_config.trajectory_log_sd,
+        )
         sentence = (
             f"{state.steps} steps and {meter.budget} took the holdout loss from {before.loss:.3f} to "
             f"{after.loss:.3f} (gain {gain.mean:.3f} ± {gain.standard_error:.3f})"
@@ -497,50 +424,6 @@ class _Run:
         checkpoints.write_text_atomic(self.out / "result.json", json.dumps(result, indent=1))
         return RunResult(self.out, state.reason, state.steps, end)
 
-    def _selection_paid(self, anchors: list[float]) -> tuple[bool | None, str]:
-        """The run's own estimate: gain since the first selection against what the same budget unselected would give.
-
-        What the latter would be is bracketed by two extrapolations of the gains before the selection (see `Trend`),
-        over the training done since and the training that scoring displaced. Nothing is claimed inside the
-        bracket or within two standard errors of it. Only a second run without selection measures it.
-        """
-        first = self.state.first_refresh
-        if first is None:
-            return None, "The pool was never scored, so selection neither cost nor paid anything."
-        gain = paired_gain(first.anchors, anchors)
-        since = f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}"
-        if first.trend is None:
-            return None, f"{since}; what it would have done without cannot be told from the few checks before."
-        more = self.meter.spent - first.trained
-        low, high = Trend(*first.trend).expected(first.trained, more)
-        # Rates of neighbouring checks scatter by this factor; and no loss falls below zero.
-        scatter = math.exp(self.config.governor_config.trajectory_log_sd)
-        low, high = low / scatter, min(high * scatter, first.loss)
-        text = f"{since}; going on as before, the same budget without scoring would have given {low:.3f} to {high:.3f}"
-        margin = 2 * gain.standard_error
-        if low - margin <= gain.mean <= high + margin:
-            return None, f"{text}: whether selection paid cannot be told from this run alone."
-        paid = gain.mean > high
-        return paid, f"{text}: by this estimate selection {'paid' if paid else 'did not pay'}."
-
-    def _save_model(self) -> None:
-        """Write the averaged weights (of LoRA: the adapters) where transformers and peft can load them."""
-        final = self.out / "model"
-        partial = self.out / ".partial-model"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with self.ema.applied(), _quiet():
-                self.model.save_pretrained(str(partial))
-            self.job.loaded.tokenizer.save_pretrained(str(partial))
-        except Exception as error:  # safetensors and the file system raise their own
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"the trained model could not be written to {final} ({error}): make room, then --resume {self.out} "
-                "goes on from the last checkpoint"
-            ) from error
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-
     # ---- events and checkpoints
 
     def _emit(self, kind: str, **fields: Any) -> Event:
@@ -552,34 +435,15 @@ class _Run:
     def _save(self) -> None:
         state, meter = self.state, self.meter
         # The loss would show it one step later, when the last good checkpoint might be gone.
-        if not all(math.isfinite(float(p.detach().sum(dtype=torch.float32))) for p in self.parameters.values()):
+        if not self.course.is_finite():
             raise self._not_finite("a weight became inf or nan")
         state.saved_at = state.steps
         # From here, not from the last one due: after a scoring pass the next is a full interval away.
         state.next_checkpoint = meter.spent + self._checkpoint_interval()
         self.events.sync()
-        optimizer, moments = checkpoints.split_tensors(self.optimizer.state_dict())
-        groups: dict[str, dict[str, Tensor]] = {
-            "weights": {name: parameter.data for name, parameter in self.parameters.items()},
-            "ema": self.ema.averages,
-            "optimizer": moments,
-        }
-        content = {
-            "format": 1,
-            "state": state.to_dict(),
-            "ledger": meter.ledger.state_dict(),
-            "order": self.order.state_dict(),
-            "policy": self.policy.state_dict(),
-            "optimizer": optimizer,
-            "ema_steps": self.ema.steps,
-            "events": self.events.offset,
-            "decisions": sum(state.decisions.values()),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
         before = meter.ledger.entry(state.phase).seconds
         try:
-            size = checkpoints.save_checkpoint(self.out / "checkpoints", state.steps, groups, content)
+            size = self.course.save(self.out / "checkpoints", events=self.events.offset)
         except checkpoints.NoSpaceError as error:
             self._emit("warning", message=f"no checkpoint at step {state.steps}: {error}")
             return
@@ -601,26 +465,9 @@ class _Run:
             ) from error
 
     def _restore(self, path: Path, content: dict[str, Any]) -> None:
-        checkpoints.load_into(path / "weights.safetensors", {name: p.data for name, p in self.parameters.items()})
-        checkpoints.load_into(path / "ema.safetensors", self.ema.averages)
-        moments = checkpoints.load_tensors(path / "optimizer.safetensors")
-        self.optimizer.load_state_dict(checkpoints.join_tensors(content["optimizer"], moments))
-        for parameter, moment in self.optimizer.state.items():
-            # torch's fused AdamW trusts these shapes, and would write out of bounds.
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in moment and (moment[name].shape, moment[name].dtype) != (parameter.shape, parameter.dtype):
-                    raise ValueError(
-                        f"{name} is {moment[name].dtype} {tuple(moment[name].shape)}, "
-                        f"expected {parameter.dtype} {tuple(parameter.shape)}"
-                    )
-        self.ema.steps = content["ema_steps"]
-        self.order.load_state_dict(content["order"])
-        self.policy.load_state_dict(content["policy"])
-        self.state = State.from_dict(content["state"])
+        ledger = self.course.load(path, content)
         self.events.truncate_to(content["events"])
         self.decisions.truncate_to(content["decisions"])
-        ledger = Ledger()
-        ledger.load_state_dict(content["ledger"])
         lost_before = ledger.entry("discarded").seconds
         self.meter.lost_since(ledger)
         lost = self.meter.ledger.entry("discarded").seconds - lost_before

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pyeff
 from pyeff.governor import TransformerShape, attention_pairs
 
 torch = pytest.importorskip("torch")
@@ -208,6 +209,19 @@ def test_checkpointed_step_agrees_with_the_counter(targets, reentrant):
     assert agrees(got, expected)
 
 
+@pytest.mark.parametrize("targets", [None, *TARGETS], ids=lambda t: "-".join(t or ("full",)))
+def test_a_step_that_keeps_attention_agrees_with_the_counter(targets):
+    model, shape = llama()
+    options = {}
+    if targets:
+        model = with_lora(model, targets)
+        options = {"trainable": "lora", "lora_rank": 8, "lora_targets": targets}
+    with pyeff.checkpoint(model):
+        expected = counted(model.train(), backward=True)
+    # The counter knows no products of `pyeff.attention`.
+    assert agrees(shape.train(24, attention_pairs=0, checkpointing=True, keep_attention=True, **options), expected)
+
+
 def test_input_gradients_can_be_asked_for():
     model, shape = llama(1)
     model = with_lora(model, ("q", "v"))
@@ -269,6 +283,8 @@ def test_less_trained_never_costs_more(shape, work, targets):
     assert forward <= train(lora_rank=1, **lora) <= train(lora_rank=2, **lora)
     assert train(lora_rank=2, **lora) <= train(lora_rank=2, input_requires_grad=True, **lora)
     assert train(frozen_embedding=True) <= train() <= train(checkpointing=True) <= 4 * forward
+    kept = train(checkpointing=True, keep_attention=True)
+    assert kept == train(checkpointing=True) - shape.forward(0, attention_pairs=pairs, head_tokens=0)
     assert train(checkpointing=True) <= train(checkpointing=True, early_stop=False) <= 4 * forward
 
 

@@ -52,7 +52,7 @@ def test_models_trained_whole(family: str, checkpointing: str, batch: int, token
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+@pytest.mark.parametrize("checkpointing", ["none", "layer", "attention"])
 @pytest.mark.parametrize(
     ("family", "lora"),
     [
@@ -65,7 +65,8 @@ def test_models_trained_whole(family: str, checkpointing: str, batch: int, token
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_adapters(family: str, lora: dict[str, Any], checkpointing: str, dtype: str):
-    check(config_of(family), dtype, 2, 96, checkpointing=checkpointing, lora=lora)
+    changes = {"attn_pdrop": 0.0} if family == "gpt2" and checkpointing == "attention" else {}
+    check(config_of(family, **changes), dtype, 2, 96, checkpointing=checkpointing, lora=lora)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -65,5 +65,7 @@ def task_config(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         "batch_tokens": 128,
         "micro_batch_tokens": 96,
         "budget": "1.1e9F",
+        # The pool is a good part of what this budget can be spent on.
+        "governor": {"overhead_cap": 0.5},
         "threads": 1,
     }

@@ -24,10 +24,9 @@ def arm(at: str, n: int) -> None:
     """Replace a function by one that kills the process in its n-th call."""
     import safetensors.torch
 
-    from pyeff.train import checkpoint
+    from pyeff.train import checkpoint, run
     from pyeff.train.events import EventLog
     from pyeff.train.meter import Meter
-    from pyeff.train.run import _Run
 
     def killing(owner: Any, name: str, last_words: Callable[..., None] | None = None) -> None:
         original, calls = getattr(owner, name), 0
@@ -55,7 +54,7 @@ def arm(at: str, n: int) -> None:
             killing(Meter, "charge")
         case "event":
             killing(EventLog, "emit", half_a_line)
-        case "tensors":  # three files a checkpoint
+        case "tensors":  # four files a checkpoint
             killing(safetensors.torch, "save_file", half_a_file)
         case "state":  # config.yaml is written this way too
             original = checkpoint.write_text_atomic
@@ -70,7 +69,7 @@ def arm(at: str, n: int) -> None:
         case "delete":  # an old checkpoint is being deleted
             killing(checkpoint.shutil, "rmtree", lambda path, **_: next(Path(path).iterdir()).unlink())
         case "result":
-            killing(_Run, "_save_model")
+            killing(run, "save_model")
         case _:
             raise ValueError(at)
 

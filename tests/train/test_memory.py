@@ -40,7 +40,7 @@ def peak_of(job: Job) -> int:
 
 def test_less_memory_means_smaller_micro_batches_or_recomputation(config, tmp_path: Path):
     plenty = Job(config(memory="1GB"), tmp_path)
-    assert not plenty.step_shape.checkpointing
+    assert plenty.step_shape.checkpointing == "none"
     least = 0
     for limit in range(peak_of(plenty) - 1, 0, -20_000):
         try:
@@ -48,17 +48,41 @@ def test_less_memory_means_smaller_micro_batches_or_recomputation(config, tmp_pa
         except UserError:
             break
         assert peak_of(job) <= limit
-        least += job.step_shape.checkpointing or job.step_shape.micro_tokens < plenty.step_shape.micro_tokens
+        least += job.step_shape.checkpointing != "none" or job.step_shape.micro_tokens < plenty.step_shape.micro_tokens
     assert least > 0
 
 
+def test_attention_is_kept_where_not_everything_fits(config, tmp_path: Path):
+    fixed = {"micro_batch_tokens": 96}
+    everything = peak_of(Job(config(memory="1GB", **fixed), tmp_path))
+    asked = peak_of(Job(config(memory="1GB", checkpointing="attention", **fixed), tmp_path))
+    assert asked < everything
+    for limit in (everything - 1, asked):
+        assert Job(config(memory=limit, **fixed), tmp_path).step_shape.checkpointing == "attention"
+    run = train_run(config(memory=asked, **fixed))
+    start = next(event for event in read_events(run.out / "events.jsonl") if event["kind"] == "start")
+    assert start["memory"]["checkpointing"] == "attention"
+    assert start["memory"]["predicted_peak"] == asked
+
+
+def test_attention_with_dropout_is_never_chosen_to_be_kept(config, tiny, tmp_path: Path):
+    directory = tiny.write_tiny_model(tmp_path / "model", attention_dropout=0.1)
+    chosen = set()
+    for limit in range(2_000_000, 100_000, -100_000):
+        try:
+            chosen.add(Job(config(memory=limit, model=str(directory)), tmp_path).step_shape.checkpointing)
+        except UserError:
+            break
+    assert chosen == {"none", "layer"}
+
+
 def test_what_the_configuration_names_is_kept(config, tmp_path: Path):
-    chosen = Job(config(memory="1GB", gradient_checkpointing=True, micro_batch_tokens=40), tmp_path).step_shape
-    assert chosen.checkpointing
+    chosen = Job(config(memory="1GB", checkpointing="layer", micro_batch_tokens=40), tmp_path).step_shape
+    assert chosen.checkpointing == "layer"
     assert chosen.micro_tokens == 40
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 4}}])
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": "layer"}, {"checkpointing": "attention"}, {"lora": {"rank": 4}}])
 def test_the_predicted_peak_is_that_of_the_fullest_micro_batch(config, tmp_path: Path, changes: dict[str, Any]):
     job = Job(config(memory="1GB", batch_tokens=64, **changes), tmp_path)
     micro_batches, _, _ = job.next_batch(_order(job))

@@ -17,11 +17,14 @@ import torch
 from pyeff.errors import UserError
 from pyeff.governor import FIELDS
 from pyeff.governor.log import replay
-from pyeff.train import checkpoint, run
+from pyeff.memory.attention_interface import register
+from pyeff.train import checkpoint, job, refresh, run
 from pyeff.train.config import parse_config
 from pyeff.train.events import read_events
+from pyeff.train.model import load_model
+from pyeff.train.result import selection_paid
 from pyeff.train.run import RunResult, train_run
-from pyeff.train.state import FirstRefresh, State
+from pyeff.train.state import FirstRefresh
 
 # At 6e8 F one run takes about a second.
 BUDGET = "6e8F"
@@ -107,7 +110,7 @@ def test_the_model_learns_and_the_saved_model_is_the_one_that_was_judged(start):
 def test_after_a_refresh_only_selected_samples_are_trained_on(start, monkeypatch):
     shown: list[set[int]] = []
     chosen: list[set[int]] = []
-    step, select = run._Run._step, run.select
+    step, select = run._Run._step, refresh.select
 
     def spying_step(self: Any, batches: Any, price: float) -> None:
         shown.append({index for batch in batches for index in batch.sample_indices})
@@ -121,7 +124,7 @@ def test_after_a_refresh_only_selected_samples_are_trained_on(start, monkeypatch
         return selection
 
     monkeypatch.setattr(run._Run, "_step", spying_step)
-    monkeypatch.setattr(run, "select", spying_select)
+    monkeypatch.setattr(refresh, "select", spying_select)
     result = start()
     assert result.end["decisions"]["REFRESH"] == len(chosen) >= 1
     selected = events_of(result, "select")[0]
@@ -181,12 +184,70 @@ def test_lora_trains_saves_and_checkpoints_adapters_alone(start, states: str):
     assert result.end["holdout"]["gain"] > 0
 
 
-def test_gradient_checkpointing_changes_the_price_and_not_the_losses(start, tmp_path: Path):
+def losses_of(result: RunResult) -> list[float]:
+    return [event["loss"] for event in events_of(result, "step")]
+
+
+def train_flops(result: RunResult) -> int:
+    return result.end["ledger"]["train"]["flops"]
+
+
+def test_checkpointing_layers_changes_the_price_and_not_the_losses(start, tmp_path: Path):
     plain = start(budget="2k tokens", policy="uniform", out=str(tmp_path / "plain"))
-    less = start(budget="2k tokens", policy="uniform", gradient_checkpointing=True, out=str(tmp_path / "less"))
-    assert less.end["ledger"]["train"]["flops"] > plain.end["ledger"]["train"]["flops"]
-    a, b = (events_of(result, "step") for result in (plain, less))
-    assert [event["loss"] for event in a] == [event["loss"] for event in b]
+    less = start(budget="2k tokens", policy="uniform", checkpointing="layer", out=str(tmp_path / "less"))
+    assert train_flops(less) > train_flops(plain)
+    assert losses_of(less) == losses_of(plain)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4}}, {"dtype": "bfloat16"}], ids=str)
+def test_keeping_attention_changes_no_bit_where_a_micro_batch_is_one_sample(start, tmp_path: Path, changes):
+    # No two samples fit. One needs no mask, so that the model's own attention runs the kernel that `pyeff.attention` runs.
+    single = {"budget": "2k tokens", "policy": "uniform", "data__max_tokens": 11, "micro_batch_tokens": 11, **changes}
+    plain = start(out=str(tmp_path / "plain"), **single)
+    kept = start(out=str(tmp_path / "kept"), checkpointing="attention", **single)
+    assert losses_of(kept) == losses_of(plain)
+    saved, expected = (sorted((r.out / "model").glob("*.safetensors")) for r in (kept, plain))
+    assert [file.read_bytes() for file in saved] == [file.read_bytes() for file in expected]
+
+
+def test_keeping_attention_changes_no_bit_of_packed_training_with_the_same_kernels(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {"budget": "2k tokens", "policy": "uniform", "checkpointing": "attention"}
+    kept = start(out=str(tmp_path / "kept"), **options)
+
+    def only_replace_attention(model: Any) -> None:
+        model.config._attn_implementation_internal = register(model.config._attn_implementation)
+
+    monkeypatch.setattr(job, "keep_attention", only_replace_attention)
+    plain = start(out=str(tmp_path / "plain"), **options)
+    assert losses_of(kept) == losses_of(plain)
+
+
+def test_kept_attention_is_charged_by_the_pairs_of_each_sample_once(start, tmp_path: Path):
+    runs = {
+        mode: start(budget="2k tokens", policy="uniform", checkpointing=mode, out=str(tmp_path / mode))
+        for mode in ("none", "attention", "layer")
+    }
+    # Packed samples of other modes are multiplied with all tokens of their row.
+    assert train_flops(runs["none"]) < train_flops(runs["layer"])
+    assert train_flops(runs["attention"]) < train_flops(runs["layer"])
+
+
+def test_kept_attention_is_left_out_of_the_saved_model(start, tmp_path: Path):
+    result = start(checkpointing="attention")
+    config = json.loads((result.out / "model" / "config.json").read_text())
+    assert "pyeff" not in json.dumps(config)
+    loaded = load_model(str(result.out / "model"))
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_cannot_be_kept_is_refused_before_anything_is_spent(start, tiny, tmp_path: Path):
+    directory = tiny.write_tiny_model(tmp_path / "model", attention_dropout=0.1)
+    with pytest.raises(UserError, match="checkpointing attention: .*attention_dropout.*checkpointing: layer"):
+        start(model=str(directory), checkpointing="attention")
+    assert not (tmp_path / "out" / "events.jsonl").exists()
+    start(model=str(directory), checkpointing="layer", budget="2k tokens", policy="uniform")
 
 
 @pytest.mark.parametrize("score", ["nll", "el2n", "entropy", "head_grad_norm", "random"])
@@ -356,16 +417,13 @@ def test_nothing_of_the_result_lives_in_a_pickle(start):
 def test_a_run_claims_of_its_selection_only_what_lies_outside_both_extrapolations(fall: float, paid: bool | None):
     # At a rate of 1 a unit after 1 unit of training, settling by 1 a unit: 0.95 or 1.39 in 3 more units, give or take
     # the factor by which rates scatter.
-    scatter = SimpleNamespace(governor_config=SimpleNamespace(trajectory_log_sd=math.log(1.25)))
     before = [3.0 + 0.01 * i for i in range(10)]
     first = FirstRefresh(trained=1.0, loss=3.0, trend=[1.0, 1.0], cost=0.5, anchors=before)
-    itself = SimpleNamespace(state=State(first_refresh=first), meter=SimpleNamespace(spent=4.0), config=scatter)
-    claim, sentence = run._Run._selection_paid(itself, [loss - fall for loss in before])
+    claim, sentence = selection_paid(first, [loss - fall for loss in before], spent=4.0, log_scatter=math.log(1.25))
     assert claim is paid
     assert ("cannot be told" in sentence) == (paid is None)
 
 
 def test_a_run_without_a_selection_or_without_a_trend_claims_nothing():
     for first in (None, FirstRefresh(trained=1.0, loss=3.0, trend=None, cost=0.5, anchors=[3.0, 3.1])):
-        itself = SimpleNamespace(state=State(first_refresh=first), meter=SimpleNamespace(spent=4.0))
-        assert run._Run._selection_paid(itself, [1.0, 1.0])[0] is None
+        assert selection_paid(first, [1.0, 1.0], spent=4.0, log_scatter=0.5)[0] is None

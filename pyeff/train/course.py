@@ -1,0 +1,91 @@
+"""All that changes while a run goes on: what a checkpoint holds, and how it is taken up again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyeff.data import DataOrder
+from pyeff.governor import Ledger
+from pyeff.governor.policy import GovernorPolicy, Policy, UniformPolicy
+from pyeff.train import checkpoint as checkpoints
+from pyeff.train.control import ControlArm
+from pyeff.train.job import Job
+from pyeff.train.state import State
+
+
+class Course:
+    """Where a run stands: weights and optimizer of the job, the order of the samples, the policy and its control."""
+
+    def __init__(self, job: Job) -> None:
+        config, pool = job.config, job.task.pool
+        self.job = job
+        self.order = DataOrder(len(pool), config.seed, lengths=pool.lengths)
+        kind = GovernorPolicy if config.policy == "governor" else UniformPolicy
+        self.policy: Policy = kind(config.governor_config)
+        self.control = ControlArm(job)
+        self.state = State()
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(math.isfinite(float(p.detach().sum(dtype=torch.float32))) for p in self.job.parameters.values())
+
+    def save(self, directory: Path, *, events: int) -> int:
+        """Write a checkpoint that points at ``events`` bytes of the event log; returns its size in bytes.
+
+        Raises `pyeff.train.checkpoint.NoSpaceError` where it does not fit.
+        """
+        job, state = self.job, self.state
+        optimizer, moments = checkpoints.split_tensors(job.optimizer.state_dict())
+        groups: dict[str, dict[str, Tensor]] = {
+            "weights": {name: parameter.data for name, parameter in job.parameters.items()},
+            "ema": job.ema.averages,
+            "optimizer": moments,
+            "control": self.control.tensors(),
+        }
+        content = {
+            "format": 1,
+            "state": state.to_dict(),
+            "ledger": job.meter.ledger.state_dict(),
+            "order": self.order.state_dict(),
+            "policy": self.policy.state_dict(),
+            "control": self.control.state_dict(),
+            "optimizer": optimizer,
+            "ema_steps": job.ema.steps,
+            "events": events,
+            "decisions": sum(state.decisions.values()),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        return checkpoints.save_checkpoint(directory, state.steps, groups, content)
+
+    def load(self, path: Path, content: dict[str, Any]) -> Ledger:
+        """Go on from a checkpoint; returns its ledger.
+
+        Raises `UserError`, ValueError, LookupError or what safetensors raises for one that does not fit this run.
+        """
+        job = self.job
+        checkpoints.load_into(path / "weights.safetensors", {name: p.data for name, p in job.parameters.items()})
+        checkpoints.load_into(path / "ema.safetensors", job.ema.averages)
+        moments = checkpoints.load_tensors(path / "optimizer.safetensors")
+        job.optimizer.load_state_dict(checkpoints.join_tensors(content["optimizer"], moments))
+        for parameter, moment in job.optimizer.state.items():
+            # torch's fused AdamW trusts these shapes, and would write out of bounds.
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moment and (moment[name].shape, moment[name].dtype) != (parameter.shape, parameter.dtype):
+                    raise ValueError(
+                        f"{name} is {moment[name].dtype} {tuple(moment[name].shape)}, "
+                        f"expected {parameter.dtype} {tuple(parameter.shape)}"
+                    )
+        job.ema.steps = content["ema_steps"]
+        self.order.load_state_dict(content["order"])
+        self.policy.load_state_dict(content["policy"])
+        self.control.load(content["control"], checkpoints.load_tensors(path / "control.safetensors"))
+        self.state = State.from_dict(content["state"])
+        ledger = Ledger()
+        ledger.load_state_dict(content["ledger"])
+        return ledger

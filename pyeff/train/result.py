@@ -1,0 +1,63 @@
+"""What a run has come to: the trained model on the disk, and what may be said of it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from pyeff.errors import UserError
+from pyeff.governor import paired_gain
+from pyeff.train.job import Job
+from pyeff.train.model import _quiet
+from pyeff.train.state import FirstRefresh, Trend
+
+
+def save_model(job: Job, out: Path) -> None:
+    """Write the averaged weights (of LoRA: the adapters) to ``out/model``, where transformers and peft can load them.
+
+    Raises `UserError` where they cannot be written.
+    """
+    final, partial = out / "model", out / ".partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with job.ema.applied(), _quiet():
+            job.model.save_pretrained(str(partial))
+        job.loaded.tokenizer.save_pretrained(str(partial))
+    except Exception as error:  # safetensors and the file system raise their own
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the trained model could not be written to {final} ({error}): make room, then --resume {out} "
+            "goes on from the last checkpoint"
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+
+
+def selection_paid(
+    first: FirstRefresh | None, anchors: list[float], *, spent: float, log_scatter: float
+) -> tuple[bool | None, str]:
+    """A run's own estimate: gain since the first selection against what the same budget unselected would give.
+
+    What the latter would be is bracketed by two extrapolations of the gains before the selection (see `Trend`),
+    over the training done since and the training that scoring displaced. Nothing is claimed inside the
+    bracket or within two standard errors of it. Only a second run without selection measures it.
+
+    ``spent`` is the whole budget used; rates of neighbouring checks scatter by a factor of exp(``log_scatter``).
+    """
+    if first is None:
+        return None, "The pool was never scored, so selection neither cost nor paid anything."
+    gain = paired_gain(first.anchors, anchors)
+    since = f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}"
+    if first.trend is None:
+        return None, f"{since}; what it would have done without cannot be told from the few checks before."
+    low, high = Trend(*first.trend).expected(first.trained, spent - first.trained)
+    scatter = math.exp(log_scatter)
+    # No loss falls below zero.
+    low, high = low / scatter, min(high * scatter, first.loss)
+    text = f"{since}; going on as before, the same budget without scoring would have given {low:.3f} to {high:.3f}"
+    margin = 2 * gain.standard_error
+    if low - margin <= gain.mean <= high + margin:
+        return None, f"{text}: whether selection paid cannot be told from this run alone."
+    paid = gain.mean > high
+    return paid, f"{text}: by this estimate selection {'paid' if paid else 'did not pay'}."
