@@ -67,7 +67,10 @@ class Job:
         shape = self.loaded.shape
         self.step_shape = step_shape(config, self.model, self.task.pool)
         checkpointing = self.step_shape.checkpointing
-        recomputation = {"checkpointing": checkpointing != "none", "keep_attention": checkpointing == "attention"}
+        recomputation: dict[str, Any] = {
+            "checkpointing": checkpointing != "none",
+            "keep_attention": checkpointing == "attention",
+        }
         train_cost = shape.train_cost(**recomputation)
         adapters = 0
         if config.lora is not None:

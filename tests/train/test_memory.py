@@ -82,7 +82,9 @@ def test_what_the_configuration_names_is_kept(config, tmp_path: Path):
     assert chosen.micro_tokens == 40
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpointing": "layer"}, {"checkpointing": "attention"}, {"lora": {"rank": 4}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"checkpointing": "layer"}, {"checkpointing": "attention"}, {"lora": {"rank": 4}}]
+)
 def test_the_predicted_peak_is_that_of_the_fullest_micro_batch(config, tmp_path: Path, changes: dict[str, Any]):
     job = Job(config(memory="1GB", batch_tokens=64, **changes), tmp_path)
     micro_batches, _, _ = job.next_batch(_order(job))

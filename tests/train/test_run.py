@@ -201,7 +201,7 @@ def test_checkpointing_layers_changes_the_price_and_not_the_losses(start, tmp_pa
 
 @pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4}}, {"dtype": "bfloat16"}], ids=str)
 def test_keeping_attention_changes_no_bit_where_a_micro_batch_is_one_sample(start, tmp_path: Path, changes):
-    # No two samples fit. One needs no mask, so that the model's own attention runs the kernel that `pyeff.attention` runs.
+    # No two samples fit. One needs no mask, so that the model's own attention runs the kernel of `pyeff.attention`.
     single = {"budget": "2k tokens", "policy": "uniform", "data__max_tokens": 11, "micro_batch_tokens": 11, **changes}
     plain = start(out=str(tmp_path / "plain"), **single)
     kept = start(out=str(tmp_path / "kept"), checkpointing="attention", **single)
@@ -244,7 +244,7 @@ def test_kept_attention_is_left_out_of_the_saved_model(start, tmp_path: Path):
 
 def test_attention_that_cannot_be_kept_is_refused_before_anything_is_spent(start, tiny, tmp_path: Path):
     directory = tiny.write_tiny_model(tmp_path / "model", attention_dropout=0.1)
-    with pytest.raises(UserError, match="checkpointing attention: .*attention_dropout.*checkpointing: layer"):
+    with pytest.raises(UserError, match=r"checkpointing attention: .*attention_dropout.*checkpointing: layer"):
         start(model=str(directory), checkpointing="attention")
     assert not (tmp_path / "out" / "events.jsonl").exists()
     start(model=str(directory), checkpointing="layer", budget="2k tokens", policy="uniform")
