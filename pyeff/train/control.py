@@ -35,6 +35,8 @@ _MOST = 0.01
 _SKETCH_DIM = 1024
 # Of either kind before they are compared: with fewer the error of their mean is itself hardly known.
 _FEWEST = 4
+# Of either kind that are remembered where a comparison cannot be told: older ones speak of another age.
+_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class ControlArm:
         if math.isfinite(gain):
             kind = self._state.control if self._is_control(step) else self._state.selected
             kind.append(_Gain(age, gain))
+            del kind[:-_KEPT]
 
     def reading(self) -> Advantage | None:
         """The advantage since the last one that could be told; None where there are too few batches to tell."""
