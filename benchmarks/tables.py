@@ -32,7 +32,7 @@ def load() -> dict[str, dict[str, Any]]:
 def heading(node: str) -> str:
     """The promise a benchmark is named after, as words: test_a_is_fast[16] becomes "a is fast (16)"."""
     name, _, parameters = node.removeprefix("test_").partition("[")
-    return name.replace("_", " ") + (f" ({parameters.rstrip(']')})" if parameters else "")
+    return name.replace("_s_", "'s ").replace("_", " ") + (f" ({parameters.rstrip(']')})" if parameters else "")
 
 
 def cell(result: dict[str, Any] | None, contender: str) -> str:
@@ -44,15 +44,23 @@ def cell(result: dict[str, Any] | None, contender: str) -> str:
     return f"{1e3 * seconds:.3g} ms ({ratio:.2f} x)"
 
 
+def judged(result: dict[str, Any] | None, contender: str) -> str:
+    """The cell, in bold with a word where the target is missed."""
+    text = cell(result, contender)
+    missed = result is not None and result.get("target") and result["ratio"]["minimum"] > result["target"]
+    return f"**{text}, missed**" if missed else text
+
+
 def summary(results: dict[str, dict[str, Any]]) -> str:
-    """One row per benchmark: our time on each device and its ratio to the baseline."""
+    """One row per benchmark that has a target: our time on each device and its ratio to the baseline."""
     devices = list(results)
     lines = [f"| benchmark | against | target | {' | '.join(devices)} |", "|---|---|---|" + "---|" * len(devices)]
     for node, by_device in _by_node(results):
         first = next(result for result in by_device.values() if result)
-        target = f"{first['target']:g} x" if first.get("target") else ""
-        cells = " | ".join(cell(by_device[device], first["contender"]) for device in devices)
-        lines.append(f"| {first['contender']}: {heading(node)} | {first['baseline']} | {target} | {cells} |")
+        if not first.get("target"):
+            continue
+        cells = " | ".join(judged(by_device[device], first["contender"]) for device in devices)
+        lines.append(f"| {heading(node)} | {first['baseline']} | <= {first['target']:.3g} x | {cells} |")
     return "\n".join(lines)
 
 
