@@ -302,6 +302,22 @@ def parse_config(values: Any, *, name: str = "configuration", kind: type[Any] = 
         raise UserError(f"{name}: {where}: {message}{more}") from error
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML forbids a key that stands twice; PyYAML takes the last one and says nothing."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 @overload
 def load_config(path: str | Path) -> RunConfig: ...
 @overload
@@ -326,7 +342,7 @@ def load_values(path: str | Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"cannot read {path}: {reason}") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: plain values alone
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""

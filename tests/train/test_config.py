@@ -60,6 +60,8 @@ def test_a_rate_that_yaml_reads_as_text_is_a_number(values: dict[str, Any]):
         ("selector.score", "luck", "selector.score: Input should be"),
         ("governor.check_evry", 0.1, "governor: unknown key 'check_evry'"),
         ("governor.check_every", 2.0, "governor: check_every must be"),
+        ("price", "cheap", "cannot read the price 'cheap'"),
+        ("control_share", 0.9, "control_share"),
         ("budget", "lots", "budget: cannot read the budget 'lots'"),
         ("budget", "-5F", "budget: cannot read the budget '-5F'"),
         ("batch_tokens", 32, "batch_tokens (32) must hold a sample of data.max_tokens (60)"),
@@ -88,7 +90,12 @@ def test_a_missing_key_is_named(values: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1\nb: 2", "line 2"), ("- 1", "expected keys and values, got list"), ("", "got NoneType")],
+    [
+        ("a: [1\nb: 2", "line 2"),
+        ("- 1", "expected keys and values, got list"),
+        ("", "got NoneType"),
+        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' stands twice"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused_in_one_sentence(tmp_path: Path, text: str, words: str):
     path = tmp_path / "run.yaml"
