@@ -104,6 +104,7 @@ class Asha(Base):
         self.name = f"asha-{eta}"
         self.eta = eta
         self.arms = [POOL, *setup.selectors]
+        self.branches = len(self.arms)
         self.turns: list[int] = []
         self.alive = list(range(len(self.arms)))
         self.selected: set[int] = set()

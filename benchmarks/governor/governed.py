@@ -104,7 +104,7 @@ class Governed(Base):
                 overhead=view.overhead,
                 selectors=[Selector(name, cost if known else 0.0) for name, cost in view.costs.items()],
                 selector=view.selector,
-                arms=self.arms(view),
+                arms=self._ways_back(view),
                 batch=view.batch,
                 advantage=advantage,
                 drift=view.drift,
@@ -119,7 +119,7 @@ class Governed(Base):
             record={"step": decision.step, "key": decision.key, "reason": decision.reason, "values": decision.values},
         )
 
-    def arms(self, view: View) -> list[Arm]:
+    def _ways_back(self, view: View) -> list[Arm]:
         """Offer the way back to the pool, as fast as the control batches say that it is."""
         if view.selector is None or view.advantage is None:
             return []

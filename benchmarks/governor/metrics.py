@@ -42,6 +42,7 @@ class Run:
         moves: (FLOPs spent, "ACTION(argument)") other than CONTINUE.
         promises: forecasts that were judged by a later check.
         decide_seconds: the longest decision.
+        effective: training done, in units of training on the pool, where a simulator knows it.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Run:
     moves: Sequence[tuple[float, str]] = ()
     promises: Sequence[Promised] = ()
     decide_seconds: float = 0.0
+    effective: float = math.nan
 
     @property
     def spent(self) -> float:
@@ -196,6 +198,16 @@ def coverage(runs: Iterable[Run]) -> tuple[float, int]:
 def worst_seed(policy: Mapping[int, float], uniform: Mapping[int, float]) -> float:
     """The largest J / uniform J - 1 of any seed."""
     return max(policy[seed] / uniform[seed] - 1 for seed in policy.keys() & uniform.keys())
+
+
+def compute_lost(runs: Iterable[Run], policy: str, uniform: str) -> dict[tuple[str, float], float]:
+    """Share of uniform's effective training that a policy did not do, by (task, budget); < 0 where it did more."""
+    totals: dict[tuple[str, float, str], float] = defaultdict(float)
+    for run in runs:
+        if run.policy in (policy, uniform):
+            totals[run.task, run.budget, run.policy] += run.effective
+    cells = {(task, budget) for task, budget, _ in totals}
+    return {(t, b): 1 - totals[t, b, policy] / totals[t, b, uniform] for t, b in sorted(cells)}
 
 
 @dataclass(frozen=True)

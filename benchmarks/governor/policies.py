@@ -152,6 +152,7 @@ class Policy(Protocol):
         free_selection: scoring is charged nothing.
         check_every: share of the budget between checks.
         cooldown: share of the budget that the anneal takes.
+        branches: how many branches it may train; 1 but for tournaments.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Policy(Protocol):
     free_selection: bool
     check_every: float
     cooldown: float
+    branches: int
 
     def begin(self) -> Move:
         """Say what to train on first."""
@@ -183,6 +185,7 @@ class Base:
     free_selection = False
     check_every = 0.05
     cooldown = 0.2
+    branches = 1
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
