@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyeff.optim import AdamW8bit, Optimizer8bit
+from pyeff.optim import AdamW8bit, GradientRelease, Optimizer8bit
 
 STEPS, MIDDLE = 4, 2
 
@@ -57,6 +57,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def everything(model: nn.Module, optimizer: Optimizer8bit) -> dict[str, Tensor]:
+    optimizer.state_dict()  # waits until states are where they belong
     found = {}
     for name, p in model.named_parameters():
         found[name] = whole(p)
@@ -157,6 +158,59 @@ def trained(world: int, folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def offloaded(world: int, folder: Path) -> dict[str, Tensor]:
+    """States in memory that the device is not to see; goes on from the checkpoint of a run without."""
+    from fake_transfers import pretend
+
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, order=("up", "step", "down"))
+        model = sharded(network())
+        optimizer = optimizer_of(model, offload=True)
+        take_steps(model, optimizer, range(MIDDLE))
+        checkpoint(model, optimizer, folder / f"offloaded-{world}")
+        take_steps(model, optimizer, range(MIDDLE, STEPS))
+        found = {f"straight.{name}": value for name, value in everything(model, optimizer).items()}
+        again = sharded(network())
+        optimizer = optimizer_of(again, offload=True)
+        checkpoint(again, optimizer, folder / f"checkpoint-{world}", load=True)
+        take_steps(again, optimizer, range(MIDDLE, STEPS))
+        found |= {f"from a plain run.{name}": value for name, value in everything(again, optimizer).items()}
+    plain = sharded(network())
+    optimizer = optimizer_of(plain)
+    checkpoint(plain, optimizer, folder / f"offloaded-{world}", load=True)
+    take_steps(plain, optimizer, range(MIDDLE, STEPS))
+    return found | {f"in a plain run.{name}": value for name, value in everything(plain, optimizer).items()}
+
+
+def released(world: int, folder: Path) -> dict[str, Tensor]:
+    """Steps inside FSDP2's backward and after it, clipped by the norm of all parts and not."""
+    found = {}
+    for clip_norm in (None, 0.5):
+        for inside in (True, False):
+            model = sharded(network().float())
+            optimizer = optimizer_of(model, clip_norm=None if inside else clip_norm)
+            release = GradientRelease(optimizer, clip_norm=clip_norm) if inside else None
+            for step in range(2):
+                tokens = torch.randint(0, 13, (8,), generator=torch.Generator().manual_seed(step))
+                mine = tokens[dist.get_rank() :: world]
+
+                def loss(mine: Tensor = mine, model: nn.Module = model) -> Tensor:
+                    return 10 * model(mine).square().mean()
+
+                if release is not None:
+                    release.backward(loss)
+                    assert all(p.grad is None for p in model.parameters())
+                else:
+                    loss().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            kind = f"{'inside' if inside else 'after'}-{clip_norm}"
+            found |= {f"{kind}.{name}": value for name, value in everything(model, optimizer).items()}
+            if release is not None and clip_norm is not None:
+                found[f"{kind}.norm"] = release.norm
+    return found
+
+
 def refused(world: int, folder: Path) -> dict[str, Tensor]:
     """A split that cuts a block, and one between columns, raise on every process before anything is changed."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -186,7 +240,7 @@ def refused(world: int, folder: Path) -> dict[str, Tensor]:
     return {"done": torch.ones(())}
 
 
-CASES = {case.__name__: case for case in (steps, resumed, clipped, trained, refused)}
+CASES = {case.__name__: case for case in (steps, resumed, clipped, trained, offloaded, released, refused)}
 
 
 def process(rank: int, cases: list[str], world: int, folder: str) -> None:

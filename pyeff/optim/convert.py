@@ -33,6 +33,12 @@ def converted(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> dict[str,
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("state_dict must be a dict with the keys 'state' and 'param_groups'")
     groups, states = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, list) or not all(
+        isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
+    ):
+        raise ValueError("state_dict: param_groups must be a list of dicts that each have a list of 'params'")
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise ValueError("state_dict: state must be a dict of dicts, one for each parameter")
     if any("code" in group for group in groups) or not any(_is_foreign(state) for state in states.values()):
         return state_dict
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:

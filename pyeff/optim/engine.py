@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,12 +25,25 @@ from pyeff.ops.optimizer_step import (
     fits,
     state_shapes,
 )
+from pyeff.optim import offload as offloading
 from pyeff.optim.convert import converted
-from pyeff.optim.sharding import as_part, check_split, first_block, is_distributed, local, part_of, shard_groups
+from pyeff.optim.offload import Offload, OffloadedPlan
+from pyeff.optim.pieces import OFFLOADED
+from pyeff.optim.saved import LAYOUT, check_state_dict
+from pyeff.optim.sharding import (
+    as_part,
+    check_split,
+    first_block,
+    is_distributed,
+    is_split,
+    local,
+    part_of,
+    part_of_grad,
+    shard_groups,
+)
 from pyeff.reference.optimizer_step import CODE, OptimizerRule
 
-# What decides which states there are; a state_dict that differs in one of these cannot be read.
-_LAYOUT = ("states", "master", "block_size")
+AnyPlan: TypeAlias = "StepPlan | OffloadedPlan"
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -56,6 +70,12 @@ class Optimizer8bit(torch.optim.Optimizer):
     be captured in a CUDA graph, after one step outside it. Parameters without a gradient are skipped and keep their
     own count of steps.
 
+    offload: keep the states of parameters on a GPU in the host's pinned memory, where they take none of the device's
+    but two slots of at most 32 MiB (or one row). A step brings them in buckets, the next while one is stepped and goes
+    back, with the same bits; each byte of state crosses the bus once each way, 2.03 per parameter, which then is what
+    a step costs. Look at `state` through `state_dict`, which waits until all are back. Not for CUDA graphs. Parameters
+    on a CPU have their states beside them anyway: nothing changes.
+
     Parameters may be DTensors that are replicated or split along dimension 0 (FSDP2): blocks run along rows, so a step
     and a resumed checkpoint have the same bits at any number of processes (clip_norm: to the rounding of the norm). A
     split that cuts a block, which for vectors is likely, raises ValueError: give vectors a group with states="fp32".
@@ -80,8 +100,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         seed: int,
         clip_norm: float | None,
         skip_nonfinite: bool,
+        offload: bool,
     ) -> None:
-        self._plans: dict[tuple[int, torch.device, int | None], _Plan] = {}
+        self._forget_plans()
         defaults |= {
             "block_size": block_size,
             "states": states,
@@ -89,14 +110,25 @@ class Optimizer8bit(torch.optim.Optimizer):
             "seed": seed,
             "clip_norm": clip_norm,
             "skip_nonfinite": skip_nonfinite,
+            "offload": offload,
             "code": CODE,
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        """The next step looks at everything anew."""
+        self._plans: dict[tuple[int, torch.device, int | None], _Plan] = {}
+        self._offloads: dict[torch.device, Offload | None] = {}
 
     # -------------------------------------------------------------------------------------------------- options
 
@@ -120,12 +152,19 @@ class Optimizer8bit(torch.optim.Optimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("skip_nonfinite", "nesterov", "offload"):
+            if name in group and group[name] not in (True, False):
+                raise TypeError(f"{name} must be True or False; got {group[name]!r}")
         lr = group["lr"]
+        for name in ("lr", "eps", "weight_decay", "momentum", "dampening", "clip_norm"):
+            value = group.get(name)
+            if not isinstance(value, (numbers.Real, Tensor)) and not (value is None and name != "lr"):
+                raise TypeError(f"{name} must be a number; got {value!r}")
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element; got shape {tuple(lr.shape)}")
         if "betas" in group and (not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2):
             raise ValueError(f"betas must be two numbers in [0, 1); got {group['betas']!r}")
-        check_layout(rule=self._rule, **{name: group[name] for name in _LAYOUT})
+        check_layout(rule=self._rule, **{name: group[name] for name in LAYOUT})
         check_rule(self._rule_of(group, float(lr)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -136,6 +175,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             if len({id(p[1] if isinstance(p, tuple) else p) for p in params}) != len(params):
                 # torch warns; here both entries would be written at once, by different threads.
                 raise ValueError("params must be different tensors; one of them is given twice")
+        self._settle()
+        self._forget_plans()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -176,8 +217,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _take(self, call: _Call, norm: Tensor | None, clip_norm: float | None) -> None:
         lr: float | Tensor = call.group["lr"]
         tensor: Tensor | None = None
-        if isinstance(lr, Tensor) and lr.device == call.device and lr.is_cuda and lr.dtype == torch.float32:
-            tensor, lr = lr, 0.0  # read on the device
+        if isinstance(lr, Tensor) and lr.is_cuda:
+            # Read on the device, whatever its type: nothing waits for the number.
+            tensor, lr = lr.to(call.device, torch.float32), 0.0
         call.plan.step(
             self._rule_of({**call.group, "clip_norm": clip_norm}, float(lr)),
             norm=norm,
@@ -258,7 +300,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 rows = calls[device] = _Rows()
             groups: tuple[Any, ...] = ()
             if is_distributed(p) or is_distributed(grad):
-                groups, grad = shard_groups(p), _part_of_grad(grad, p)
+                groups, grad = shard_groups(p), part_of_grad(grad, p)
                 p = local(p)
             rows.places.append(i)
             rows.params.append(p)
@@ -272,36 +314,43 @@ class Optimizer8bit(torch.optim.Optimizer):
             for j, (device, rows) in enumerate(calls.items())
         ]
 
-    def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> StepPlan:
-        layout = {name: group[name] for name in _LAYOUT}
+    def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> AnyPlan:
+        layout = {name: group[name] for name in LAYOUT}
         cached = self._plans.get((index, device, only))
         if cached is not None and cached.layout == layout and cached.rows.key == rows.key:
             same = zip(cached.rows.states, rows.states, strict=True)
             if all(a is b for ours, theirs in same for a, b in zip(ours, theirs, strict=True)):
                 cached.plan.set_grads(rows.grads)
                 return cached.plan
+        offload = self._offload_to(device) if group["offload"] else None
         parts = [[state if state is None else local(state) for state in states] for states in rows.states]
         for p, states in zip(rows.params, parts, strict=True):
-            for state, expected in zip(states, state_shapes(p, rule=self._rule, **layout), strict=False):
-                if expected is not None and (state is None or not fits(state, *expected, device)):
+            shapes = state_shapes(p, rule=self._rule, **layout)
+            for i, (state, expected) in enumerate(zip(states, shapes, strict=True)):
+                where = torch.device("cpu") if offload is not None and i < OFFLOADED else device
+                if expected is not None and (state is None or not fits(state, *expected, where)):
                     raise ValueError(
                         f"the states of a parameter of shape {tuple(p.shape)} on {device} were made for another shape, "
                         "device or block_size; make a new optimizer, or load a state_dict, after moving parameters"
                     )
+        if offload is not None:
+            self._move_to_host(offload, group, rows, parts)
         if group["skipped_steps"].device != _device_of(group):
             group["skipped_steps"] = group["skipped_steps"].to(_device_of(group))
         columns = list(zip(*parts, strict=True))
         lists = [[] if column[0] is None else list(column) for column in columns]
-        plan = StepPlan(
-            rows.params,
-            rows.grads,
-            lists,
-            master=group["master"],
-            block_size=group["block_size"],
-            keys=self._keys(index, rows.places),
-            first_blocks=[first_block(group["params"][i], group["block_size"]) for i in rows.places],
-            impl=OPERATION.on_device(device.type).impl,
-        )
+        layout_of_list: dict[str, Any] = {
+            "master": group["master"],
+            "block_size": group["block_size"],
+            "keys": self._keys(index, rows.places),
+            "first_blocks": [first_block(group["params"][i], group["block_size"]) for i in rows.places],
+            "impl": OPERATION.on_device(device.type).impl,
+        }
+        plan: StepPlan | OffloadedPlan
+        if offload is None:
+            plan = StepPlan(rows.params, rows.grads, lists, **layout_of_list)
+        else:
+            plan = OffloadedPlan(rows.params, rows.grads, lists, **layout_of_list, offload=offload)
         rows.grads = []  # the plan has them, and lets go of them with the next step's
         self._plans[index, device, only] = _Plan(layout, rows, plan)
         return plan
@@ -331,10 +380,64 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _fresh(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The states of a parameter that has taken no step."""
-        layout = {name: group[name] for name in _LAYOUT}
-        lists = OptimizerStates.zeros([local(p)], rule=self._rule, **layout).lists()
+        layout = {name: group[name] for name in LAYOUT}
+        # States that are not to live on the device are not made there either.
+        own = local(p).detach().cpu() if self._is_offloaded(p, group) else local(p)
+        lists = OptimizerStates.zeros([own], rule=self._rule, **layout).lists()
+        for counts in lists[OFFLOADED:]:
+            counts[:] = [count.to(p.device) for count in counts]
         named = zip(self._names(group), lists, state_shapes(p, rule=self._rule, **layout), strict=True)
         return {name: _placed(name, one[0], p, expected[0]) for name, one, expected in named if name and expected}
+
+    # -------------------------------------------------------------------------------------------------- offload
+
+    def _offload_to(self, device: torch.device) -> Offload | None:
+        """The slots on a device, for all groups that have their states in host memory; None where that is nothing."""
+        if device not in self._offloads:
+            transfers = offloading.transfers_to(device)
+            self._offloads[device] = None if transfers is None else Offload(transfers, self._offloaded_on(device))
+        return self._offloads[device]
+
+    def _offloaded_on(self, device: torch.device) -> list[tuple[Tensor, list[Tensor | None], int]]:
+        found = []
+        for group in self.param_groups:
+            layout = {name: group[name] for name in LAYOUT}
+            for p in map(local, group["params"]):
+                if group["offload"] and p.device == device:
+                    shapes = state_shapes(p, rule=self._rule, **layout)
+                    metas = [e and torch.empty(e[0], dtype=e[1], device="meta") for e in shapes]
+                    found.append((p.detach(), metas, group["block_size"]))
+        return found
+
+    def _is_offloaded(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return group["offload"] and self._offload_to(p.device) is not None
+
+    def _move_to_host(
+        self, offload: Offload, group: dict[str, Any], rows: _Rows, parts: list[list[Tensor | None]]
+    ) -> None:
+        """Have the large states of these parameters in pinned memory, in `state` and in the lists given."""
+        offload.settle()
+        names = self._names(group)
+        places = [(i, j) for i, states in enumerate(parts) for j in range(OFFLOADED) if states[j] is not None]
+        for (i, j), part in zip(places, offload.to_host([parts[i][j] for i, j in places]), strict=True):  # type: ignore[misc]
+            if part is parts[i][j]:
+                continue
+            p, name, before = group["params"][rows.places[i]], names[j], rows.states[i][j]
+            assert name is not None
+            self.state[p][name] = rows.states[i][j] = _placed(name, part, p, before.shape)
+            parts[i][j] = part
+
+    def _settle(self) -> None:
+        """Wait until states in host memory are those of the last step."""
+        for offload in self._offloads.values():
+            if offload is not None:
+                offload.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """States and options, as torch's; waits until states in host memory are those of the last step."""
+        self._settle()
+        found: dict[str, Any] = super().state_dict()
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`: of this optimizer bit for bit, of torch's or bitsandbytes' of the same rule.
@@ -345,96 +448,38 @@ class Optimizer8bit(torch.optim.Optimizer):
         for numbers out of range.
         """
         state_dict = converted(self, state_dict)
-        self._check_state_dict(state_dict)
+        check_state_dict(self, state_dict)
         # torch casts floating-point states to the dtype of their parameter, and would cast bytes too; what is wrapped
         # it passes on untouched.
+        self._settle()
+        self._forget_plans()
         kept = {
             key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
             for key, state in state_dict["state"].items()
         }
-        super().load_state_dict({**state_dict, "state": kept})
+        # Where states live is this optimizer's matter.
+        groups = [
+            {**theirs, "offload": ours["offload"]}
+            for theirs, ours in zip(state_dict["param_groups"], self.param_groups, strict=True)
+        ]
+        super().load_state_dict({**state_dict, "state": kept, "param_groups": groups})
+        on_host = {
+            p: self._names(group)[:OFFLOADED]
+            for group in self.param_groups
+            for p in group["params"]
+            if self._is_offloaded(p, group)
+        }
         for p, state in self.state.items():
             for name, value in state.items():
                 if isinstance(value, _Kept):
-                    part = part_of(value.tensor, p) if _is_split(name, p) else value.tensor
-                    part = part.detach().to(p.device, copy=True).contiguous()
+                    part = part_of(value.tensor, p) if is_split(name, p) else value.tensor
+                    home = torch.device("cpu") if name in on_host.get(p, ()) else p.device
+                    part = part.detach().to(home, copy=True).contiguous()
                     state[name] = _placed(name, part, p, value.tensor.shape)
         for group in self.param_groups:
             if "betas" in group:
                 group["betas"] = tuple(group["betas"])
             group["skipped_steps"] = torch.as_tensor(group["skipped_steps"]).to(_device_of(group), copy=True)
-        self._plans = {}
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(f"state_dict has {len(saved)} param_groups, this optimizer has {len(self.param_groups)}")
-        known = set()
-        for i, (theirs, ours) in enumerate(zip(saved, self.param_groups, strict=True)):
-            where = f"state_dict: param_groups[{i}]"
-            if len(theirs["params"]) != len(ours["params"]):
-                raise ValueError(
-                    f"{where} has {len(theirs['params'])} parameters, this optimizer's has {len(ours['params'])}"
-                )
-            if theirs.get("code") != ours["code"]:
-                raise ValueError(
-                    f"{where} is in code {theirs.get('code')!r}; this {type(self).__name__} reads {ours['code']!r} only"
-                )
-            for name in _LAYOUT:
-                if theirs.get(name) != ours[name]:
-                    raise ValueError(
-                        f"{where} has {name} {theirs.get(name)}, this optimizer has {ours[name]}; "
-                        f"build it with {name}={theirs.get(name)!r}"
-                    )
-            for name in ours:
-                if name not in theirs and name != "param_names":
-                    raise ValueError(f"{where} lacks {name}; it was not written by {type(self).__name__}")
-            try:
-                self._check_group(theirs)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{where}: {error}") from None
-            for key, p in zip(theirs["params"], ours["params"], strict=True):
-                known.add(key)
-                if state := state_dict["state"].get(key):
-                    self._check_state(state, p, ours, f"state_dict: state[{key!r}]")
-        if unknown := [key for key in state_dict["state"] if key not in known]:
-            raise ValueError(f"state_dict: state[{unknown[0]!r}] belongs to no parameter of its param_groups")
-
-    def _check_state(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], where: str) -> None:
-        shapes = state_shapes(p, rule=self._rule, **{name: group[name] for name in _LAYOUT})
-        for name, expected in zip(self._names(group), shapes, strict=True):
-            if name is None or expected is None:
-                continue
-            if name not in state:
-                raise ValueError(f"{where} lacks {name}; it was not written by {type(self).__name__}")
-            shape, dtype = expected
-            value = state[name]
-            if not isinstance(value, Tensor) or value.shape != torch.Size(shape) or value.dtype != dtype:
-                came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"{where}: {name} must be {dtype} {tuple(shape)} for this parameter; got {came}")
-            try:
-                part = part_of(value, p) if _is_split(name, p) or is_distributed(value) else value
-            except ValueError as error:
-                raise ValueError(f"{where}: {name} {error}") from None
-            if problem := _nonsense(name, part):
-                raise ValueError(f"{where}: {name} must {problem}")
-
-
-def _nonsense(name: str, value: Tensor) -> str | None:
-    """What a state of this name must be and is not, or None."""
-    if name == "step":
-        step = value.item()
-        if not (math.isfinite(step) and step >= 0 and step == int(step)):
-            return f"be a whole number >= 0; got {step}"
-    elif name == "beta_powers":
-        if not ((value >= 0) & (value <= 1)).all():
-            return f"be in [0, 1]; got {value.tolist()}"
-    elif name.endswith("_scale"):
-        if not (value.isfinite() & (value >= 0)).all():
-            return "be finite and >= 0 everywhere"
-    elif name == "exp_avg_sq" and (value < 0).any():
-        return "be >= 0 everywhere"
-    return None
 
 
 @dataclass
@@ -453,7 +498,7 @@ class _Rows:
 class _Plan:
     layout: dict[str, Any]
     rows: _Rows
-    plan: StepPlan
+    plan: AnyPlan
 
 
 @dataclass(frozen=True)
@@ -462,7 +507,7 @@ class _Call:
 
     group: dict[str, Any]
     device: torch.device
-    plan: StepPlan
+    plan: AnyPlan
     shard_groups: list[tuple[Any, ...]]
     counts_skipped: bool
 
@@ -472,26 +517,8 @@ class _Kept:
     tensor: Tensor
 
 
-def _is_split(name: str, p: Tensor) -> bool:
-    """Whether a state of this name is split among processes as its parameter is; counts are the same on each."""
-    if not is_distributed(p) or name in ("step", "beta_powers"):
-        return False
-    return p.dtype == torch.bfloat16 or not name.startswith("master")
-
-
 def _placed(name: str, part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
-    return as_part(part, p, shape) if _is_split(name, p) else part
-
-
-def _part_of_grad(grad: Tensor, p: Tensor) -> Tensor:
-    try:
-        if is_distributed(p) and not is_distributed(grad):
-            raise ValueError("is a whole one of a parameter that is split among processes")
-        grad = part_of(grad, p)
-    except ValueError as error:
-        raise ValueError(f"the gradient of a parameter of shape {tuple(p.shape)} {error}") from None
-    # What a collective has not delivered yet is waited for here; a kernel would read the memory as it is.
-    return grad.wait() if hasattr(grad, "wait") else grad
+    return as_part(part, p, shape) if is_split(name, p) else part
 
 
 def _device_of(group: dict[str, Any]) -> torch.device:

@@ -54,6 +54,7 @@ class AdamW8bit(Optimizer8bit):
         seed: int = 0,
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -64,6 +65,7 @@ class AdamW8bit(Optimizer8bit):
             seed=seed,
             clip_norm=clip_norm,
             skip_nonfinite=skip_nonfinite,
+            offload=offload,
         )
 
 
@@ -97,6 +99,7 @@ class Adam8bit(Optimizer8bit):
         seed: int = 0,
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -107,6 +110,7 @@ class Adam8bit(Optimizer8bit):
             seed=seed,
             clip_norm=clip_norm,
             skip_nonfinite=skip_nonfinite,
+            offload=offload,
         )
 
 
@@ -145,6 +149,7 @@ class Lion8bit(Optimizer8bit):
         seed: int = 0,
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -155,6 +160,7 @@ class Lion8bit(Optimizer8bit):
             seed=seed,
             clip_norm=clip_norm,
             skip_nonfinite=skip_nonfinite,
+            offload=offload,
         )
 
 
@@ -193,6 +199,7 @@ class SGD8bit(Optimizer8bit):
         seed: int = 0,
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -209,4 +216,5 @@ class SGD8bit(Optimizer8bit):
             seed=seed,
             clip_norm=clip_norm,
             skip_nonfinite=skip_nonfinite,
+            offload=offload,
         )

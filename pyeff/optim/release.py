@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyeff.ops.global_norm import global_norm
 from pyeff.optim.engine import Optimizer8bit
-from pyeff.optim.sharding import is_distributed
+from pyeff.optim.sharding import is_distributed, local, part_of_grad, shard_groups
 
 CLIPS = ("two-pass", "delayed")
 
@@ -30,8 +31,13 @@ class GradientRelease:
     not clipped. The optimizer's own clip_norm and skip_nonfinite need all gradients at once and must be off. With
     two-pass clipping a norm that is not finite takes no step at all and is counted in `skipped_steps`.
 
-    Each call of `backward` is one optimizer step, so gradients cannot be accumulated over several. Raises ValueError
-    for options that do not go together, for parameters that already have gradients and for DTensors.
+    Parameters split by FSDP2 are stepped when the reduction has made their part of the gradient; the norm is that of
+    all parts, added up by one all-reduce a pass. Every process must call `backward` alike.
+
+    Each call of `backward` is one optimizer step. Gradients cannot be accumulated over several: a step is not linear
+    in the gradient, so it needs the sum of all micro-batches, and between two of them the sums of *all* parameters
+    would have to be kept, which is the memory that is to be saved. Raises ValueError for options that do not go
+    together and for parameters that have a gradient already, when it is made and in every `backward`.
 
     Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources (LOMO, 2023).
 
@@ -58,21 +64,11 @@ class GradientRelease:
                     "the optimizer must have clip_norm=None and skip_nonfinite=False, which need all gradients at "
                     "once; give clip_norm to GradientRelease"
                 )
-            for p in group["params"]:
-                if is_distributed(p):
-                    raise ValueError(
-                        f"parameters must be plain tensors; got a DTensor of shape {tuple(p.shape)}, whose gradients "
-                        "are reduced after the backward has made them"
-                    )
-                if p.grad is not None:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} has a gradient already, which would be added to the "
-                        "first step's; zero_grad() first"
-                    )
         self.optimizer, self.clip_norm, self.clip = optimizer, clip_norm, clip
+        self._check_no_gradients()
         self.norm: Tensor | None = None
         """The norm of all gradients of the last step, float64; None before the first, or without clipping."""
-        self._squares: dict[torch.device, Tensor] = {}
+        self._squares: dict[tuple[torch.device, tuple[Any, ...]], Tensor] = {}
         self._measures = self._steps = False
         self._clip_by: Tensor | None = None
         self._counted: set[int] = set()
@@ -105,6 +101,9 @@ class GradientRelease:
         """
         if not self._hooks:
             raise ValueError("this GradientRelease was closed; make a new one")
+        if not callable(loss):
+            raise TypeError(f"loss must be a function that computes one loss, of the whole batch; got {loss!r}")
+        self._check_no_gradients()
         two_passes = self.clip_norm is not None and self.clip == "two-pass"
         delayed = self.clip_norm is not None and self.clip == "delayed"
         self._clip_by = None
@@ -121,6 +120,16 @@ class GradientRelease:
             self.norm = self._total()
         return value.detach()
 
+    def _check_no_gradients(self) -> None:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a gradient already, and gradients cannot be "
+                        "accumulated while they are released; zero_grad() first, or take the micro-batches' steps "
+                        "without GradientRelease"
+                    )
+
     def _pass(self, value: Tensor, *, measures: bool, steps: bool) -> None:
         self._squares, self._counted = {}, set()
         self._measures, self._steps = measures, steps
@@ -130,7 +139,11 @@ class GradientRelease:
             self._measures = self._steps = False
 
     def _total(self) -> Tensor:
-        squares = list(self._squares.values())
+        squares = []
+        for (_, groups), square in self._squares.items():  # in the same order on every process
+            for group in groups:
+                torch.distributed.all_reduce(square, group=group)
+            squares.append(square)
         total = torch.zeros((), dtype=torch.float64) if not squares else squares[0]
         for square in squares[1:]:
             total = total + square.to(total.device)
@@ -142,9 +155,10 @@ class GradientRelease:
                 return  # someone else's backward
             assert p.grad is not None
             if self._measures:
-                square = global_norm([p.grad.detach()]).square()
-                before = self._squares.get(p.device)
-                self._squares[p.device] = square if before is None else before + square
+                part, parts = part_of_grad(p.grad.detach(), p), (p.device, shard_groups(p))
+                square = global_norm([part]).square()
+                before = self._squares.get(parts)
+                self._squares[parts] = square if before is None else before + square
             if self._steps:
                 norm = None if self._clip_by is None else self._clip_by.to(p.device)
                 self.optimizer.step_parameter(
@@ -155,6 +169,9 @@ class GradientRelease:
                     counts_skipped=index not in self._counted,
                 )
                 self._counted.add(index)
+            if p.grad.is_cuda and is_distributed(p.grad):
+                # FSDP2 makes parts on one stream and may run this hook on another.
+                local(p.grad).record_stream(torch.cuda.current_stream(p.device))
             p.grad = None
 
         return use

@@ -74,6 +74,13 @@ def as_part(value: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(tuple(shape), device="meta").stride()
+    if value.device.type != p.device_mesh.device_type:  # type: ignore[attr-defined]
+        # States in host memory: from_local would move them to the mesh's device. FSDP2 makes its own this way.
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(torch.Size(shape), stride, value.dtype)
+        spec = DTensorSpec(p.device_mesh, p.placements, tensor_meta=meta)  # type: ignore[attr-defined]
+        return DTensor(value, spec, requires_grad=False)
     return DTensor.from_local(
         value,
         p.device_mesh,  # type: ignore[attr-defined]
@@ -102,6 +109,25 @@ def part_of(value: Tensor, p: Tensor) -> Tensor:
         return value
     shape, offsets = _offsets(p, value.shape)
     return value[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]
+
+
+def part_of_grad(grad: Tensor, p: Tensor) -> Tensor:
+    """This process's part of a gradient that is split as its parameter is; ValueError if it is not."""
+    try:
+        if is_distributed(p) and not is_distributed(grad):
+            raise ValueError("is a whole one of a parameter that is split among processes")
+        grad = part_of(grad, p)
+    except ValueError as error:
+        raise ValueError(f"the gradient of a parameter of shape {tuple(p.shape)} {error}") from None
+    # What a collective has not delivered yet is waited for here; a kernel would read the memory as it is.
+    return grad.wait() if hasattr(grad, "wait") else grad
+
+
+def is_split(name: str, p: Tensor) -> bool:
+    """Whether a state of this name is split among processes as its parameter is; counts are the same on each."""
+    if not is_distributed(p) or name in ("step", "beta_powers"):
+        return False
+    return p.dtype == torch.bfloat16 or not name.startswith("master")
 
 
 def _sharded_dims(p: Tensor) -> list[int]:

@@ -1,0 +1,101 @@
+"""What a state_dict must be for an optimizer to go on from it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyeff.ops.optimizer_step import state_shapes
+from pyeff.optim.sharding import is_distributed, is_split, part_of
+
+if TYPE_CHECKING:
+    from pyeff.optim.engine import Optimizer8bit
+
+# What decides which states there are; a state_dict that differs in one of these cannot be read.
+LAYOUT = ("states", "master", "block_size")
+
+
+def check_state_dict(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> None:
+    """ValueError naming the first thing in `state_dict` that this optimizer cannot go on from; nothing is changed."""
+    saved = state_dict["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(f"state_dict has {len(saved)} param_groups, this optimizer has {len(optimizer.param_groups)}")
+    known = set()
+    for i, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
+        where = f"state_dict: param_groups[{i}]"
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"{where} has {len(theirs['params'])} parameters, this optimizer's has {len(ours['params'])}"
+            )
+        if theirs.get("code") != ours["code"]:
+            raise ValueError(
+                f"{where} is in code {theirs.get('code')!r}; "
+                f"this {type(optimizer).__name__} reads {ours['code']!r} only"
+            )
+        for name in LAYOUT:
+            if theirs.get(name) != ours[name]:
+                raise ValueError(
+                    f"{where} has {name} {theirs.get(name)}, this optimizer has {ours[name]}; "
+                    f"build it with {name}={theirs.get(name)!r}"
+                )
+        for name in ours:
+            if name not in theirs and name not in ("param_names", "offload"):
+                raise ValueError(f"{where} lacks {name}; it was not written by {type(optimizer).__name__}")
+        try:
+            optimizer._check_group({**theirs, "offload": ours["offload"]})
+            _check_count(theirs["skipped_steps"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        for key, p in zip(theirs["params"], ours["params"], strict=True):
+            known.add(key)
+            if state := state_dict["state"].get(key):
+                _check_state(optimizer, state, p, ours, f"state_dict: state[{key!r}]")
+    if unknown := [key for key in state_dict["state"] if key not in known]:
+        raise ValueError(f"state_dict: state[{unknown[0]!r}] belongs to no parameter of its param_groups")
+
+
+def _check_state(optimizer: Optimizer8bit, state: dict[str, Any], p: Tensor, group: dict[str, Any], where: str) -> None:
+    shapes = state_shapes(p, rule=optimizer._rule, **{name: group[name] for name in LAYOUT})
+    for name, expected in zip(optimizer._names(group), shapes, strict=True):
+        if name is None or expected is None:
+            continue
+        if name not in state:
+            raise ValueError(f"{where} lacks {name}; it was not written by {type(optimizer).__name__}")
+        shape, dtype = expected
+        value = state[name]
+        if not isinstance(value, Tensor) or value.shape != torch.Size(shape) or value.dtype != dtype:
+            came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{where}: {name} must be {dtype} {tuple(shape)} for this parameter; got {came}")
+        try:
+            part = part_of(value, p) if is_split(name, p) or is_distributed(value) else value
+        except ValueError as error:
+            raise ValueError(f"{where}: {name} {error}") from None
+        if problem := _nonsense(name, part):
+            raise ValueError(f"{where}: {name} must {problem}")
+
+
+def _check_count(skipped: Any) -> None:
+    """ValueError unless this counts steps."""
+    count = skipped.item() if isinstance(skipped, Tensor) and skipped.numel() == 1 else skipped
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"skipped_steps must be a whole number >= 0; got {skipped!r}")
+
+
+def _nonsense(name: str, value: Tensor) -> str | None:
+    """What a state of this name must be and is not, or None."""
+    if name == "step":
+        step = value.item()
+        if not (math.isfinite(step) and step >= 0 and step == int(step)):
+            return f"be a whole number >= 0; got {step}"
+    elif name == "beta_powers":
+        if not ((value >= 0) & (value <= 1)).all():
+            return f"be in [0, 1]; got {value.tolist()}"
+    elif name.endswith("_scale"):
+        if not (value.isfinite() & (value >= 0)).all():
+            return "be finite and >= 0 everywhere"
+    elif name == "exp_avg_sq" and (value < 0).any():
+        return "be >= 0 everywhere"
+    return None
