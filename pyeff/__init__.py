@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         observe,
     )
     from pyeff.ops.attention import attention
+    from pyeff.ops.directional_scores import directional_scores
     from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
     from pyeff.ops.global_norm import global_norm
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
@@ -64,6 +65,7 @@ _HOMES = {
     "UnsupportedMaskError": "pyeff.memory",
     "attention": "pyeff.ops",
     "checkpoint": "pyeff.memory",
+    "directional_scores": "pyeff.ops",
     "embedding_grad": "pyeff.ops",
     "global_norm": "pyeff.ops",
     "gram_is_cheaper": "pyeff.ops",
@@ -122,6 +124,7 @@ __all__ = [
     "VectorGrad",
     "attention",
     "checkpoint",
+    "directional_scores",
     "embedding_grad",
     "explain",
     "global_norm",

@@ -15,6 +15,7 @@ from pyeff.ops._dispatch import Operation
 
 if TYPE_CHECKING:
     from pyeff.ops.attention import attention
+    from pyeff.ops.directional_scores import directional_scores
     from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
     from pyeff.ops.global_norm import global_norm
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
@@ -49,6 +50,7 @@ class _Operations(Mapping[str, Operation]):
 
 OPERATIONS: Mapping[str, Operation] = _Operations(
     "attention",
+    "directional_scores",
     "embedding_grad",
     "global_norm",
     "gram_norms",
@@ -75,6 +77,7 @@ _HOMES = {
     "TokenScores": "pyeff.ops.linear_cross_entropy_scores",
     "VectorGrad": "pyeff.ops.vector_grad",
     "attention": "pyeff.ops.attention",
+    "directional_scores": "pyeff.ops.directional_scores",
     "embedding_grad": "pyeff.ops.embedding_grad",
     "global_norm": "pyeff.ops.global_norm",
     "gram_is_cheaper": "pyeff.ops.gram_norms",
@@ -103,6 +106,7 @@ __all__ = [
     "TokenScores",
     "VectorGrad",
     "attention",
+    "directional_scores",
     "embedding_grad",
     "global_norm",
     "gram_is_cheaper",

@@ -8,6 +8,7 @@ from pyeff._lazy import import_at_first_use
 
 if TYPE_CHECKING:
     from pyeff.reference.attention import attention, attention_backward
+    from pyeff.reference.directional_scores import directional_scores
     from pyeff.reference.embedding_grad import embedding_grad
     from pyeff.reference.gram_norms import gram_norms
     from pyeff.reference.linear_cross_entropy_grad import linear_cross_entropy_grad
@@ -23,6 +24,7 @@ _HOMES = {
     "adamw_step": "pyeff.reference.sketch_grads",
     "attention": "pyeff.reference.attention",
     "attention_backward": "pyeff.reference.attention",
+    "directional_scores": "pyeff.reference.directional_scores",
     "embedding_grad": "pyeff.reference.embedding_grad",
     "global_norm": "pyeff.reference.optimizer_step",
     "gram_norms": "pyeff.reference.gram_norms",
@@ -39,6 +41,7 @@ __all__ = [
     "adamw_step",
     "attention",
     "attention_backward",
+    "directional_scores",
     "embedding_grad",
     "global_norm",
     "gram_norms",

@@ -96,6 +96,17 @@ def sketch_grads(dtype: torch.dtype, *, dim: int = 8192, rows: int = 4096, mappe
     module.sketch_grads(torch.empty(8, rows, 4096, dtype=dtype, device="meta"), dim, [3], **options)
 
 
+def directional_scores(dtype: torch.dtype, *, features: int = 4096, columns: int = 4096) -> None:
+    """Inner products of 8 samples' gradients, of 16384 tokens in all, with 2 directions."""
+    from pyeff.triton_kernels import directional_scores as module
+
+    inputs = torch.empty(16384, features, dtype=dtype, device="meta")
+    grad_outputs = torch.empty(16384, columns, dtype=dtype, device="meta")
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta")
+    directions = torch.empty(2, columns, features, dtype=dtype, device="meta")
+    module.directional_scores(inputs, grad_outputs, cu_seqlens, directions)
+
+
 def linear_grad_panel(*, referenced: bool = False) -> None:
     """The pass over a panel of two samples' gradients."""
     from pyeff.triton_kernels import linear_grad as module
@@ -201,6 +212,13 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_grad.fp32_sketch": partial(linear_grad, torch.float32, sketched={"dim": 8192, "mapped": True}),
     "linear_grad.panel": linear_grad_panel,
     "linear_grad.panel_reference": partial(linear_grad_panel, referenced=True),
+    "directional_scores.bf16": partial(directional_scores, torch.bfloat16),
+    "directional_scores.fp16_ragged": partial(directional_scores, torch.float16, features=1040),
+    # Low-rank adapters.
+    "directional_scores.bf16_64": partial(directional_scores, torch.bfloat16, columns=64),
+    "directional_scores.bf16_16": partial(directional_scores, torch.bfloat16, columns=16),
+    "directional_scores.fp32": partial(directional_scores, torch.float32),
+    "directional_scores.ones": partial(directional_scores, torch.float16, features=1, columns=1),
     "gram_norms.bf16": partial(gram_norms, torch.bfloat16),
     "gram_norms.bf16_short": partial(gram_norms, torch.bfloat16, tokens=64),
     "gram_norms.fp16_ragged": partial(gram_norms, torch.float16, features=1040),

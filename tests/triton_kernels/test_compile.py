@@ -58,6 +58,11 @@ PRODUCTS = {
     "linear_grad.fp32_sketch": {"accumulate_samples": False},
     "linear_grad.panel": {},
     "linear_grad.panel_reference": {},
+    "directional_scores.bf16": {"meet_rows": True},
+    "directional_scores.fp16_ragged": {"meet_rows": True},
+    "directional_scores.bf16_64": {"meet_rows": True},
+    "directional_scores.bf16_16": {"meet_rows": True},
+    "directional_scores.fp32": {"meet_rows": False},
     "gram_norms.bf16": {"multiply_grams": True},
     "gram_norms.bf16_short": {"multiply_grams": True},
     "gram_norms.fp16_ragged": {"multiply_grams": True},
@@ -80,7 +85,12 @@ PRODUCTS = {
 # Kernels that stream a number for each row beside their tiles.
 WITH_VECTORS = ["key_gradients"]
 # Shapes too small to be fast; they must compile all the same.
-COMPILED_ONLY = ["sketch_grads.ones", "linear_cross_entropy_scores.ones", "linear_cross_entropy_grad.ones"]
+COMPILED_ONLY = [
+    "directional_scores.ones",
+    "linear_cross_entropy_grad.ones",
+    "linear_cross_entropy_scores.ones",
+    "sketch_grads.ones",
+]
 
 
 @functools.cache
