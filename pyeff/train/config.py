@@ -42,7 +42,8 @@ class DataConfig(_Strict):
     ``target`` is the task to become better at: its samples are split into four sets that share no prompt:
     ``anchors`` (the governor decides by them), ``holdout`` (only reported), ``target_samples`` (what
     selection compares the pool with) and, as the first of the holdout, ``exact_match`` samples that are
-    also answered in words. Prompts of these sets are removed from the pool.
+    also answered in words. Prompts of anchors and holdout are removed from the pool; those that selection compares
+    with may stand in it.
     """
 
     pool: list[Source] = Field(min_length=1)
