@@ -899,9 +899,10 @@ def test_gpu_trains_with_the_bits_of_the_cpu(cls: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_is_the_step_with_the_lr_of_the_moment() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_captured_step_is_the_step_with_the_lr_of_the_moment(dtype: torch.dtype) -> None:
     a, b = network().cuda(), network().cuda()
-    lr = torch.tensor(1e-2, device="cuda")
+    lr = torch.tensor(1e-2, device="cuda", dtype=dtype)
     captured = AdamW8bit(a.parameters(), lr=lr, clip_norm=1.0)
     plain = AdamW8bit(b.parameters(), lr=1e-2, clip_norm=1.0)
 
