@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pyeff
 from pyeff.optim import Adam8bit, AdamW8bit, Lion8bit, SGD8bit
+from pyeff.optim.offload import BUCKET_BYTES
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
 # What must be read and written for each parameter: itself, its gradient, two bytes of states and two scales a block.
@@ -156,6 +157,68 @@ def test_ways_of_keeping_bf16_weights(contest: Callable[..., Any], device: str) 
         },
         baseline="master none",
         bytes=size * (6 + STATE_BYTES),
+    )
+
+
+def bus(nbytes: float, *, at_once: bool) -> Callable[[], object]:
+    """Copies so many bytes from pinned memory to the device and as many back, in the optimizer's buckets."""
+    host = [torch.empty(BUCKET_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(BUCKET_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    up = torch.cuda.Stream()
+    down = torch.cuda.Stream() if at_once else up
+
+    def run() -> None:
+        current = torch.cuda.current_stream()
+        for stream in (up, down):
+            stream.wait_stream(current)
+        for _ in range(round(nbytes / BUCKET_BYTES)):
+            with torch.cuda.stream(up):
+                there[0].copy_(host[0], non_blocking=True)
+            with torch.cuda.stream(down):
+                host[1].copy_(there[1], non_blocking=True)
+        for stream in (up, down):
+            current.wait_stream(stream)
+
+    return run
+
+
+def offloaded(params: list[nn.Parameter]) -> Callable[[], object]:
+    """A step whose states come from host memory and are back there when the current stream goes on."""
+    optimizer = AdamW8bit(params, lr=LR, offload=True)
+    optimizer.step()
+    (offload,) = optimizer._offloads.values()
+    assert offload is not None
+    streams = offload.transfers.streams.values()  # type: ignore[attr-defined]
+
+    def run() -> None:
+        current = torch.cuda.current_stream()
+        for stream in streams:  # a run would begin these copies while the backward goes on
+            stream.wait_stream(current)
+        optimizer.step()
+        for stream in streams:
+            current.wait_stream(stream)
+
+    return run
+
+
+@pytest.mark.benchmark(group="adamw8bit")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU states are in host memory anyway")
+def test_states_in_host_memory(contest: Callable[..., Any], device: str) -> None:
+    """Each byte of state once each way; the bound is a bus that is busy in both directions and does nothing else."""
+    count, size = 32, 16_000_000
+    states = count * size * STATE_BYTES / 2
+    contest(
+        "pyeff AdamW8bit, offload",
+        {
+            "copies both ways at once": bus(states, at_once=True),
+            "copies one after the other": bus(states, at_once=False),
+            "pyeff AdamW8bit": AdamW8bit(parameters(count, size, torch.bfloat16, device), lr=LR).step,
+            "pyeff AdamW8bit, offload": offloaded(parameters(count, size, torch.bfloat16, device)),
+        },
+        baseline="copies both ways at once",
+        target=1.15,
+        bytes=2 * states,
+        bound="copies both ways at once",
     )
 
 
