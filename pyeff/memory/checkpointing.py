@@ -180,10 +180,19 @@ class _CheckpointedForward:
 
     def install(self) -> None:
         self.layer.forward = self
+        # What torch.nn.DataParallel calls: its replicas would share this object, and with it the first one's weights.
+        self.layer._replicate_for_data_parallel = self.refuse_replicas
+
+    def refuse_replicas(self) -> nn.Module:
+        raise RuntimeError(
+            f"layer {self.name!r} is checkpointed, and torch.nn.DataParallel cannot copy it to several devices: use "
+            "DistributedDataParallel or fully_shard, show it one device, or remove() the checkpoints"
+        )
 
     def remove(self) -> None:
         if self.layer.__dict__.get("forward") is not self:
             raise RuntimeError(f"layer {self.name!r} got another forward since it was checkpointed: undo that first")
+        del self.layer._replicate_for_data_parallel
         if self.had_own:
             self.layer.forward = self.forward
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -628,6 +629,36 @@ def test_options_and_layers_that_make_no_sense_are_refused():
             pyeff.checkpoint(model, **options)
 
 
+def test_replicas_of_data_parallel_are_refused(monkeypatch: pytest.MonkeyPatch):
+    # torch's own walk over the modules, with the copies between GPUs left out.
+    replication = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [list(tensors)] * 2)
+    model = model_of("llama")
+    with (
+        pyeff.checkpoint(model),
+        pytest.raises(RuntimeError, match=r"'model\.layers\.0' .*DistributedDataParallel"),
+    ):
+        replication.replicate(model, [0, 1])
+    assert len(replication.replicate(model, [0, 1])) == 2
+    alone = nn.DataParallel(model)  # no GPU or one: nothing is copied
+    expected = gradients(with_our_attention(model), batch_of())
+    with pyeff.checkpoint(alone) as checkpoints:
+        assert checkpoints.layers == ("module.model.layers.0", "module.model.layers.1")
+        assert_same(gradients(alone, batch_of()), expected)
+
+
+def test_a_model_whose_attention_is_its_own_is_refused_with_the_cure():
+    config = transformers.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4)
+    model = transformers.BloomForCausalLM(config).train()
+    with pytest.raises(
+        ValueError, match=r"BloomForCausalLM does not go through .*AttentionInterface: .*keep='nothing'"
+    ):
+        pyeff.checkpoint(model)
+    expected = gradients(model, batch_of())
+    with pyeff.checkpoint(model, keep="nothing"):
+        assert_same(gradients(model, batch_of()), expected)
+
+
 def test_a_model_with_checkpoints_is_refused():
     model = model_of("llama")
     with pyeff.checkpoint(model), pytest.raises(ValueError, match="checkpointed already"):
@@ -783,13 +814,24 @@ def _rank(rank: int, folder: str) -> None:
     expected = gradients(nn.parallel.DistributedDataParallel(with_our_attention(model)), batch)
     pyeff.checkpoint(model)
     replicated = gradients(nn.parallel.DistributedDataParallel(model), batch)
-    sharded = model_of("llama")
-    for layer in sharded.model.layers:
-        fully_shard(layer)
-    fully_shard(sharded)
-    checkpoints = pyeff.checkpoint(sharded)
-    found = [g.full_tensor() for g in gradients(sharded, batch)]
-    runs = [[r.forward, r.rerun, r.computed] for r in checkpoints.attention_runs.values()]
+    found, runs = [], []
+    for first in (True, False):
+        sharded = model_of("llama")
+        if first:
+            checkpoints = pyeff.checkpoint(sharded)
+        for layer in sharded.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        if not first:
+            checkpoints = pyeff.checkpoint(sharded)
+        found.append([g.full_tensor() for g in gradients(sharded, batch)])
+        runs += [[r.forward, r.rerun, r.computed] for r in checkpoints.attention_runs.values()]
+    # Twice the batch in two parts, the first without communication.
+    sharded.zero_grad()
+    for last in (False, True):
+        sharded.set_requires_gradient_sync(last)
+        sharded(**batch).loss.backward()
+    found.append([p.grad.full_tensor() / 2 for p in sharded.parameters()])
     torch.save([expected, replicated, found, runs], Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -801,9 +843,10 @@ def test_several_processes_share_gradients_as_without(tmp_path: Path):
         assert_same(replicated, expected)
         # gloo reduces shards in another order.
         eps = torch.finfo(torch.float32).eps
-        for a, b in zip(sharded, expected, strict=True):
-            assert (a - b).abs().max() <= 8 * eps * b.abs().max()
-        assert runs == [[1, 1, 1], [1, 1, 1]]
+        for gradients_of_shards in sharded:
+            for a, b in zip(gradients_of_shards, expected, strict=True):
+                assert (a - b).abs().max() <= 8 * eps * b.abs().max()
+        assert runs == [[1, 1, 1]] * 4
 
 
 @pytest.fixture(autouse=True)
