@@ -181,7 +181,7 @@ class _CheckpointedForward:
     def install(self) -> None:
         self.layer.forward = self
         # What torch.nn.DataParallel calls: its replicas would share this object, and with it the first one's weights.
-        self.layer._replicate_for_data_parallel = self.refuse_replicas
+        self.layer.__dict__["_replicate_for_data_parallel"] = self.refuse_replicas
 
     def refuse_replicas(self) -> nn.Module:
         raise RuntimeError(
@@ -192,7 +192,7 @@ class _CheckpointedForward:
     def remove(self) -> None:
         if self.layer.__dict__.get("forward") is not self:
             raise RuntimeError(f"layer {self.name!r} got another forward since it was checkpointed: undo that first")
-        del self.layer._replicate_for_data_parallel
+        del self.layer.__dict__["_replicate_for_data_parallel"]
         if self.had_own:
             self.layer.forward = self.forward
         else:
