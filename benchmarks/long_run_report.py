@@ -147,7 +147,7 @@ def figure(cells: dict[str, dict[int, dict[str, Any]]], rows: list[Row], path: P
     labels = [f"{row.arm.label} · {weight} weights" for row, weight in zip(others, weights, strict=True)]
     right.set_yticks(range(len(others)), labels)
     right.invert_yaxis()
-    right.set_xlabel("final validation loss minus that of torch AdamW with fp32 weights (a dot a seed, a bar the mean)")
+    right.set_xlabel("final validation loss minus fp32 AdamW's (a dot a seed, a bar the mean)")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ Printed as a Markdown table, the one in docs/optimizer_states.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,8 @@ class Code:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.view(-1, self.block)
         scale = rows.abs().amax(1, keepdim=True)
-        return (self.round_trip(rows / scale) * scale).view_as(x)
+        # A block without any gradient so far stays zero.
+        return (self.round_trip(rows / scale.where(scale > 0, 1.0)) * scale).view_as(x)
 
 
 def from_table(levels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -55,10 +56,13 @@ def from_table(levels: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def dynamic_levels(*, signed: bool, zero: bool) -> Tensor:
-    """The dynamic tree of Dettmers et al. (2022): in each decade half as many levels as in the one above."""
+    """The dynamic tree of Dettmers et al. (2022): in each decade half as many levels as in the one above.
+
+    256 levels; an unsigned zero takes the place of the smallest, as in bitsandbytes.
+    """
     bits = 6 if signed else 7
     levels = [1.0]
-    for decade in range(bits + 1):
+    for decade in range(bits if zero and not signed else bits + 1):
         edges = torch.linspace(0.1, 1.0, 2 ** (bits - decade) + 1, dtype=torch.float64)
         levels += (((edges[1:] + edges[:-1]) / 2) * 10.0**-decade).tolist()
     if signed:
@@ -83,9 +87,16 @@ def power(exponent: float, *, signed: bool) -> Callable[[Tensor], Tensor]:
     return lambda r: ((r ** (1 / exponent) * 256).round().clamp_min(1) / 256) ** exponent
 
 
-def logarithmic(binades: float) -> Callable[[Tensor], Tensor]:
-    """256 levels evenly spaced in log2 r over this many binades, no zero."""
-    return lambda r: torch.exp2((r.clamp_min(2.0**-binades).log2() * (255 / binades)).round() * (binades / 255))
+def logarithmic(binades: float, *, signed: bool) -> Callable[[Tensor], Tensor]:
+    """Levels evenly spaced in log2 |r| over this many binades: 256 without zero, or 127 with a sign, and a zero."""
+    if signed:
+        tiny = 2.0**-binades
+        return lambda r: torch.where(r.abs() < tiny / 2, 0.0, r.sign() * _evenly_in_log(r.abs(), binades, 126))
+    return lambda r: _evenly_in_log(r, binades, 255)
+
+
+def _evenly_in_log(r: Tensor, binades: float, steps: int) -> Tensor:
+    return torch.exp2((r.clamp_min(2.0**-binades).log2() * (steps / binades)).round() * (binades / steps))
 
 
 def offset_float(offset: float, shift: int, *, signed: bool) -> Callable[[Tensor], Tensor]:
@@ -145,10 +156,16 @@ SHIPPED_V = Code("**sqrt v, linear then quartic in bits**", shipped_root)
 DYNAMIC_M = Code("dynamic tree", from_table(dynamic_levels(signed=True, zero=True)))
 DYNAMIC_V = Code("v, dynamic tree with zero", from_table(dynamic_levels(signed=False, zero=True)), of="v")
 DYNAMIC_ROOT = Code("sqrt v, dynamic tree", from_table(dynamic_levels(signed=False, zero=False)))
+FLOAT8_M = Code("float8 e4m3", from_table(float8_levels(E4M3, zero=True)))
+FLOAT8_V = Code("v, float8 e4m3 with zero", from_table(float8_levels(E4M3, zero=True)), of="v")
+LOG_M = Code("log, 16 binades", logarithmic(16, signed=True))
+LOG_ROOT = Code("sqrt v, log, 16 binades", logarithmic(16, signed=False))
 M_CODES = [
     SHIPPED_M,
     DYNAMIC_M,
-    Code("float8 e4m3", from_table(float8_levels(E4M3, zero=True))),
+    FLOAT8_M,
+    Code("float8 e5m2", from_table(float8_levels(E5M2, zero=True))),
+    LOG_M,
     Code("linear", power(1, signed=True)),
     Code("square", power(2, signed=True)),
     Code("cube", power(3, signed=True)),
@@ -160,20 +177,22 @@ V_CODES = [
     DYNAMIC_ROOT,
     DYNAMIC_V,
     Code("v, dynamic tree", from_table(dynamic_levels(signed=False, zero=False)), of="v"),
-    Code("v, float8 e4m3 with zero", from_table(float8_levels(E4M3, zero=True)), of="v"),
+    FLOAT8_V,
     Code("sqrt v, float8 e5m2", from_table(float8_levels(E5M2, zero=False))),
     Code("sqrt v, linear", power(1, signed=False)),
     Code("sqrt v, square in bits", bit_power(2)),
     Code("sqrt v, power 5/2 in bits", bit_power(2.5)),
     Code("sqrt v, cube in bits", bit_power(3)),
-    Code("sqrt v, log, 12 binades", logarithmic(12)),
-    Code("sqrt v, log, 16 binades", logarithmic(16)),
+    Code("sqrt v, log, 12 binades", logarithmic(12, signed=False)),
+    LOG_ROOT,
     Code("sqrt v, offset 2^-8, 1/32 binade", offset_float(2.0**-8, 18, signed=False)),
 ]
 PAIRS = [
     (SHIPPED_M, SHIPPED_V),
     (DYNAMIC_M, DYNAMIC_V),
     (DYNAMIC_M, DYNAMIC_ROOT),
+    (FLOAT8_M, FLOAT8_V),
+    (LOG_M, LOG_ROOT),
     *[(SHIPPED_M, v) for v in V_CODES if v.name.endswith("in bits")],
     *[(m, FP32) for m in M_CODES],
     *[(FP32, v) for v in V_CODES],
@@ -182,25 +201,24 @@ PAIRS = [
 
 @dataclass(frozen=True)
 class Result:
-    """Error and largest step for each of SPREADS."""
+    """Error and largest step for each section."""
 
     error: tuple[float, ...]
     largest: tuple[float, ...]
 
 
-def simulate(pairs: list[tuple[Code, Code]], *, steps: int, blocks: int, seed: int) -> list[Result]:
-    """Run fp32 Adam and one coded Adam per pair on the same gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    count = blocks * BLOCK
-    normal = torch.randn(len(SPREADS), count, generator=generator)
-    sigma = torch.exp(normal * torch.tensor(SPREADS)[:, None])
-    states = [[torch.zeros_like(sigma), torch.zeros_like(sigma)] for _ in [*pairs, None]]
+def compare(
+    pairs: list[tuple[Code, Code]], gradients: Iterable[Tensor], sections: list[int], steps: int
+) -> list[Result]:
+    """Run fp32 Adam and one coded Adam per pair on the same gradients, flat ones of sum(sections) elements.
+
+    A section is a whole number of blocks and has its own error and largest step.
+    """
     codes = [*pairs, (FP32, FP32)]
-    squares = torch.zeros(len(codes), len(SPREADS), dtype=torch.float64)
-    largest = torch.zeros(len(codes), len(SPREADS))
-    for step in range(1, steps + 1):
-        size = 0.3 if step > 0.6 * steps else 1.0
-        g = sigma * size * (torch.randn(sigma.shape, generator=generator) + 0.1)
+    states = [[torch.zeros(sum(sections)), torch.zeros(sum(sections))] for _ in codes]
+    squares = torch.zeros(len(codes), len(sections), dtype=torch.float64)
+    largest = torch.zeros(len(codes), len(sections))
+    for step, g in enumerate(gradients, start=1):
         correction1, correction2 = 1 - BETA1**step, (1 - BETA2**step) ** 0.5
         exact_update = None
         for i in reversed(range(len(codes))):
@@ -214,10 +232,32 @@ def simulate(pairs: list[tuple[Code, Code]], *, steps: int, blocks: int, seed: i
             exact_update = update if exact_update is None else exact_update
             if step > steps // 5:
                 difference = update if i == len(pairs) else update - exact_update
-                squares[i] += difference.double().square().sum(1)
-                largest[i] = torch.maximum(largest[i], update.abs().amax(1))
+                squares[i] += torch.stack([part.double().square().sum() for part in difference.split(sections)])
+                reached = torch.stack([part.max() for part in update.abs().split(sections)])
+                largest[i] = torch.maximum(largest[i], reached)
     errors = (squares[:-1] / squares[-1]).sqrt()
     return [Result(tuple(e.tolist()), tuple(big.tolist())) for e, big in zip(errors, largest[:-1], strict=True)]
+
+
+def synthetic(*, steps: int, blocks: int, seed: int) -> Iterator[Tensor]:
+    """Gradients of the sizes described above, a section for each of SPREADS."""
+    generator = torch.Generator().manual_seed(seed)
+    sigma = torch.exp(torch.randn(len(SPREADS), blocks * BLOCK, generator=generator) * torch.tensor(SPREADS)[:, None])
+    for step in range(1, steps + 1):
+        size = 0.3 if step > 0.6 * steps else 1.0
+        yield (sigma * size * (torch.randn(sigma.shape, generator=generator) + 0.1)).flatten()
+
+
+def print_table(columns: list[str], runs: list[list[Result]]) -> None:
+    """Error / largest step of each pair, the worst of the runs."""
+    print("| m | second moment | " + " | ".join(columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
+    for i, (m, v) in enumerate(PAIRS):
+        cells = []
+        for j in range(len(columns)):
+            error = max(run[i].error[j] for run in runs)
+            cells.append(f"{error:.3g} / {max(run[i].largest[j] for run in runs):.3g}")
+        print(f"| {m.name} | {v.name} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -227,16 +267,10 @@ def main() -> None:
     options = parser.parse_args()
     seeds = (0,) if options.quick else (0, 1)
     steps, blocks = (1000, 4) if options.quick else (2500, 16)
-    runs = [simulate(PAIRS, steps=steps, blocks=blocks, seed=seed) for seed in seeds]
+    sections = [blocks * BLOCK] * len(SPREADS)
+    runs = [compare(PAIRS, synthetic(steps=steps, blocks=blocks, seed=seed), sections, steps) for seed in seeds]
     print(f"Worst of {len(seeds)} seeds, {steps} steps, {blocks} blocks of {BLOCK}: error / largest step\n")
-    print("| m | second moment | " + " | ".join(f"spread {spread:g}" for spread in SPREADS) + " |")
-    print("|---|---|" + "---|" * len(SPREADS))
-    for i, (m, v) in enumerate(PAIRS):
-        cells = []
-        for j in range(len(SPREADS)):
-            error = max(run[i].error[j] for run in runs)
-            cells.append(f"{error:.3g} / {max(run[i].largest[j] for run in runs):.3g}")
-        print(f"| {m.name} | {v.name} | " + " | ".join(cells) + " |")
+    print_table([f"spread {spread:g}" for spread in SPREADS], runs)
 
 
 if __name__ == "__main__":
