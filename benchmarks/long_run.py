@@ -176,6 +176,11 @@ def torchao(params: Any, **common: Any) -> torch.optim.Optimizer:
     return Peer(params, bf16_stochastic_round=True, **common)
 
 
+def without_decay(params: Any, **common: Any) -> torch.optim.Optimizer:
+    """What an optimizer is that loses its decay to rounding."""
+    return torch.optim.AdamW(params, **common | {"weight_decay": 0.0})
+
+
 BF16 = torch.bfloat16
 ARMS = [
     Arm("torch", "torch AdamW", torch.optim.AdamW),
@@ -185,6 +190,7 @@ ARMS = [
     Arm("pyeff-bf16-ecc8", "pyeff AdamW8bit, ecc8", ours(master="ecc8"), BF16),
     Arm("pyeff-bf16-fp32", "pyeff AdamW8bit, fp32 master", ours(master="fp32"), BF16),
     Arm("pyeff-bf16-none", "pyeff AdamW8bit, none", ours(master="none"), BF16),
+    Arm("torch-no-decay", "torch AdamW, no weight decay", without_decay),
     Arm("torch-bf16", "torch AdamW (bf16 states)", torch.optim.AdamW, BF16),
     Arm("bitsandbytes-fp32", "bitsandbytes AdamW8bit", bitsandbytes, library="bitsandbytes"),
     Arm("bitsandbytes-bf16", "bitsandbytes AdamW8bit", bitsandbytes, BF16, library="bitsandbytes"),
@@ -323,11 +329,13 @@ class Cell:
                 saved = now
 
     def result(self) -> dict[str, Any]:
+        weights = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.ndim > 1]).double()
         parameters = sum(p.numel() for p in self.model.parameters())
         return self.identity | {
             "weights": str(self.arm.weights).removeprefix("torch."),
             "curve": [[step, round(loss, 6)] for step, loss in self.curve],
             "validation_loss": self.curve[-1][1],
+            "weight_rms": weights.square().mean().sqrt().item(),  # shows where decay was lost
             "parameters": parameters,
             "state_bytes_per_parameter": state_bytes(self.optimizer) / parameters,
             "seconds": round(self.seconds),

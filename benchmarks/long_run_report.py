@@ -32,6 +32,7 @@ class Row:
     state_bytes: float
     losses: dict[int, float]
     differences: dict[int, float]
+    weight_rms: list[float]
 
     @property
     def mean_difference(self) -> float:
@@ -61,7 +62,8 @@ def rows_of(cells: dict[str, dict[int, dict[str, Any]]]) -> list[Row]:
             losses = {seed: cell["validation_loss"] for seed, cell in sorted(cells[arm.name].items())}
             differences = {seed: loss - base[seed] for seed, loss in losses.items() if seed in base}
             state = next(iter(cells[arm.name].values()))["state_bytes_per_parameter"]
-            rows.append(Row(arm, state, losses, differences))
+            sizes = [cell["weight_rms"] for cell in cells[arm.name].values() if "weight_rms" in cell]
+            rows.append(Row(arm, state, losses, differences, sizes))
     return rows
 
 
@@ -86,8 +88,8 @@ def table(rows: list[Row]) -> str:
         f"{done} of {of_all} cells have finished."
         + (f" Seeds of torch's AdamW end {spread:.4f} apart." if spread is not None else ""),
         "",
-        "| optimizer | weights | bytes of state | loss, by seed | minus fp32, by seed | mean | inside the spread |",
-        "|---|---|---|---|---|---|---|",
+        "| optimizer | dtype | bytes of state | loss, by seed | minus fp32, by seed | mean | inside | weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         weights = "bf16" if row.arm.weights.itemsize == 2 else "fp32"
@@ -97,6 +99,7 @@ def table(rows: list[Row]) -> str:
             differences = ", ".join(f"{d:+.4f}" for d in row.differences.values())
             mean = f"{row.mean_difference:+.4f}"
         cells = [row.arm.label, weights, f"{row.state_bytes:.2f}", losses, differences, mean, verdict(row, spread)]
+        cells.append(f"{sum(row.weight_rms) / len(row.weight_rms):.3f}" if row.weight_rms else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import long_run
 import optimizer_state_codes as codes
 import pytest
 import torch
-from long_run import ARMS, Cell, Settings, Text
+from long_run import ARMS, SEEDS, Cell, Settings, Text
 from long_run_report import BEGIN, END, report
 from optimizer_state_gradients import Sample, gradients_of
 
@@ -70,7 +70,7 @@ def test_the_report_counts_cells_and_judges_by_the_spread_of_seeds(
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     report(tmp_path, page, tmp_path / "figure.png")
     written = page.read_text()
-    assert "6 of 36 cells" in written
+    assert f"6 of {len(ARMS) * len(SEEDS)} cells" in written
     assert "end 0.2500 apart" in written
     assert "+0.1250 | yes |" in written
     assert "+0.5000 | **no** |" in written
