@@ -1,4 +1,4 @@
-"""Bytes from Python's standard library, by kind: source code, prose, names of characters, tables, and two spoilt kinds.
+"""Bytes from Python's standard library, by kind: source code, names of characters, tables, and two spoilt kinds.
 
 Everything is read from the interpreter that runs, so nothing is downloaded; another version of Python holds another
 text, and results name theirs. Windows of a fixed number of bytes, drawn with a seed.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 # The kinds of a pool. Shuffled windows have the bytes of source code, noisy ones most of its order.
 DOMAINS = ("code", "names", "tables", "shuffled", "noisy")
+_LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3"}
 # Share of a noisy window's bytes that are replaced.
 NOISE = 0.3
 
@@ -32,19 +33,11 @@ def source_files(part: str) -> bytes:
     names = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*.py")
-        if not {"site-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3"} & set(path.parts)
+        if not _LEFT_OUT & set(path.relative_to(root).parts)
     )
     held = [name for name in names if hashlib.blake2b(name.encode()).digest()[0] < 64]
     chosen = held if part == "held out" else sorted(set(names) - set(held))
     return b"\n".join((root / name).read_bytes() for name in chosen)
-
-
-@functools.lru_cache(maxsize=1)
-def prose() -> bytes:
-    """The language reference as text, English with a little code."""
-    import pydoc_data.topics as topics
-
-    return "\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,9 +67,9 @@ def windows(text: bytes, count: int, length: int, rng: np.random.Generator) -> N
 
 
 def domain(name: str, count: int, length: int, rng: np.random.Generator, part: str = "pool") -> NDArray[np.uint8]:
-    """Windows of one of ``DOMAINS``, or of ``prose``: [count, length]."""
-    if name in ("prose", "names", "tables"):
-        return windows({"prose": prose, "names": names, "tables": tables}[name](), count, length, rng)
+    """Windows of one of ``DOMAINS``: [count, length]."""
+    if name in ("names", "tables"):
+        return windows((names() if name == "names" else tables()), count, length, rng)
     drawn = windows(source_files(part), count, length, rng)
     if name == "shuffled":
         return rng.permuted(drawn, axis=1)
@@ -84,11 +77,11 @@ def domain(name: str, count: int, length: int, rng: np.random.Generator, part: s
         replaced = rng.random(drawn.shape) < NOISE
         return np.where(replaced, rng.integers(0, 256, drawn.shape, dtype=np.uint8), drawn)
     if name != "code":
-        raise ValueError(f"name must be prose or one of {', '.join(DOMAINS)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(DOMAINS)}, got {name!r}")
     return drawn
 
 
 def version() -> str:
     """What the text depends on: the interpreter's version and a digest of its sources."""
-    digest = hashlib.blake2b(source_files("pool") + prose(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(source_files("pool"), digest_size=6).hexdigest()
     return f"Python {sys.version.split()[0]}, {digest}"
