@@ -22,7 +22,7 @@ from pyeff.memory.architecture import (
     with_adapters,
 )
 from pyeff.memory.rates import GPUS, Rates, estimated_rates
-from pyeff.memory.states import MASTERS, OPTIMIZERS, Master, Optimizer, state_bytes, step_traffic
+from pyeff.memory.states import MASTERS, OPTIMIZERS, Master, Optimizer, slot_bytes, state_bytes, step_traffic
 from pyeff.memory.tape import Moment, Simulation, simulate
 from pyeff.memory.transformer import Checkpointing, Head, Work, record_step
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DType = Literal["float32", "bfloat16"]
+Release = Literal["none", "one-pass", "two-pass"]
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # The workspace that the GPU's matrix library takes from torch's allocator (on Hopper; less before).
 _LIBRARY_BYTES = {"cuda": 32 * 2**20, "cpu": 0}
@@ -48,6 +49,8 @@ class Settings:
     dtype: DType = "bfloat16"
     optimizer: Optimizer = "adamw"
     master: Master = "none"
+    offload: bool = False
+    release: Release = "none"
     checkpointing: Checkpointing = "none"
     head: Head = "logits"
     packed: bool = False
@@ -70,6 +73,7 @@ class Settings:
             ("dtype", get_args(DType)),
             ("optimizer", OPTIMIZERS),
             ("master", MASTERS),
+            ("release", get_args(Release)),
             ("checkpointing", get_args(Checkpointing)),
             ("head", get_args(Head)),
             ("device", ("cuda", "cpu")),
@@ -77,6 +81,14 @@ class Settings:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("offload", "release"):
+            if getattr(self, name) not in (False, "none") and self.optimizer == "adamw":
+                raise ValueError(f"{name} needs one of pyeff's optimizers, such as adamw8bit, got {self.optimizer}")
+        if self.release != "none" and self.accumulation > 1:
+            raise ValueError(
+                f"release must be none where gradients are accumulated, which keeps them all, got {self.release!r} "
+                f"with accumulation {self.accumulation}"
+            )
         if self.packed and self.batch != 1:
             raise ValueError(f"batch must be 1 for packed samples (seq_len counts their tokens), got {self.batch}")
 
@@ -241,6 +253,8 @@ def plan(
     dtype: DType | None = None,
     optimizer: Optimizer = "adamw",
     master: Master = "none",
+    offload: bool = False,
+    release: Release = "none",
     checkpointing: Checkpointing = "none",
     head: Head = "logits",
     head_tokens: int | None = None,
@@ -267,6 +281,9 @@ def plan(
         accumulation: forwards whose gradients are summed before a step.
         dtype: of weights and activations; by default the module's own, or bfloat16.
         optimizer, master: see `pyeff.memory.states`; "adamw" is torch's.
+        offload: states in host memory; nothing changes on a CPU. release: "one-pass" steps parameters inside the
+            backward (`pyeff.optim.GradientRelease`), without clipping or by the norm of the step before; "two-pass"
+            clips exactly and runs everything twice. Both are for pyeff's optimizers.
         checkpointing: "none"; "layer", torch.utils.checkpoint around each decoder layer; "attention",
             `pyeff.checkpoint`, which keeps attention's output and log-sum-exps instead of computing them again.
         head: "logits" as transformers' loss, "fused" without logits in memory. head_tokens: positions with a loss.
@@ -299,6 +316,8 @@ def plan(
         dtype=source.dtype,
         optimizer=optimizer,
         master=master,
+        offload=offload,
+        release=release,
         checkpointing=checkpointing,
         head=head,
         packed=packed,
@@ -434,8 +453,9 @@ class Planner:
         """The fullest moments of a step."""
         parameters = self.parameters(settings)
         theta = sum(p.nbytes for p in parameters) + self.source.buffer_bytes()
-        states = sum(state_bytes(p, settings.optimizer, settings.master) for p in parameters)
-        gradients = sum(p.nbytes for p in parameters if p.trained)
+        states = self.states(settings)
+        released = settings.release != "none"
+        gradients = 0 if released else sum(p.nbytes for p in parameters if p.trained)
         other = self.other + _LIBRARY_BYTES[settings.device]
 
         def phase(moment: Moment) -> Phase:
@@ -443,6 +463,13 @@ class Planner:
 
         step = Phase("optimizer step", theta, states, gradients, 0, 0, other)
         return (*(phase(moment) for moment in self._moments(settings)), step)
+
+    def states(self, settings: Settings) -> int:
+        """Bytes of the optimizer's states on the device, two slots for them included."""
+        parameters = self.parameters(settings)
+        if settings.offload and settings.device == "cuda":
+            return slot_bytes(parameters, settings.optimizer, settings.master)
+        return sum(state_bytes(p, settings.optimizer, settings.master) for p in parameters)
 
     def _moments(self, settings: Settings) -> tuple[Moment, ...]:
         if self.source.architecture is not None:
@@ -457,7 +484,7 @@ class Planner:
         )
 
     def _simulate(self, settings: Settings) -> Simulation:
-        key = dataclasses.replace(settings, optimizer="adamw", master="none")
+        key = dataclasses.replace(settings, optimizer="adamw8bit", master="none", offload=False)
         if key not in self._simulations:
             assert self.source.architecture is not None
             adapters = self.source.adapters(settings)
@@ -473,11 +500,13 @@ class Planner:
                 # peft and transformers do so together whenever transformers checkpoints layers.
                 input_gradients=adapters is not None and settings.checkpointing == "layer",
             )
-            self._simulations[key] = simulate(tape, gradients_held=settings.accumulation > 1)
+            self._simulations[key] = simulate(
+                tape, gradients_held=settings.accumulation > 1, gradients_released=settings.release != "none"
+            )
         return self._simulations[key]
 
     def _trace(self, settings: Settings) -> Any:
-        key = dataclasses.replace(settings, optimizer="adamw", master="none", accumulation=1)
+        key = dataclasses.replace(settings, optimizer="adamw8bit", master="none", offload=False, accumulation=1)
         if key not in self._traces:
             self._traces[key] = trace_model(self.source, settings)
         return self._traces[key]
@@ -488,9 +517,12 @@ class Planner:
 
     def flops(self, settings: Settings) -> int:
         """FLOPs of a step, all its micro-batches and everything computed again."""
+        return self._pass_flops(settings) * settings.accumulation * (2 if settings.release == "two-pass" else 1)
+
+    def _pass_flops(self, settings: Settings) -> int:
         architecture = self.source.architecture
         if architecture is None:
-            return int(self._trace(settings).flops) * settings.accumulation
+            return int(self._trace(settings).flops)
         shape = architecture.shape
         adapters = self.source.adapters(settings)
         linears = {linear for name in (adapters.modules if adapters else ()) for linear in LINEARS.get(name, ())}
@@ -512,7 +544,7 @@ class Planner:
         if settings.head == "fused":  # forms the softmax again
             positions = rows * tokens if settings.head_tokens is None else settings.head_tokens
             total += shape.forward(0, attention_pairs=0, head_tokens=positions)
-        return total * settings.accumulation
+        return total
 
     def seconds(self, settings: Settings) -> float | None:
         """Predicted time of a step: its products, each micro-batch's reading of the weights, the optimizer's bytes."""
@@ -520,9 +552,13 @@ class Planner:
             return None
         parameters = self.parameters(settings)
         passes = 4 if settings.checkpointing != "none" else 3
+        passes *= 2 if settings.release == "two-pass" else 1
         weights = settings.accumulation * passes * sum(p.nbytes for p in parameters)
         moved = weights + step_traffic(parameters, settings.optimizer, settings.master)
-        return self.flops(settings) / self.rates.flops + moved / self.rates.bandwidth
+        seconds = self.flops(settings) / self.rates.flops + moved / self.rates.bandwidth
+        if settings.offload and settings.device == "cuda":  # both directions at once, in turn with the rest
+            seconds += sum(state_bytes(p, settings.optimizer, settings.master) for p in parameters) / self.rates.bus
+        return seconds
 
     def fits(self, settings: Settings) -> bool | None:
         """Whether the peak is within the device's memory."""
@@ -548,6 +584,11 @@ class Planner:
             values["checkpointing"] = [settings.checkpointing]
         if settings.optimizer == "adamw":
             values["optimizer"] = ["adamw", "adamw8bit"]
+        if settings.device == "cuda":
+            values["offload"] = [settings.offload, not settings.offload]
+        # Exact whatever clips, and therefore priced at two passes.
+        if known and settings.release == "none":
+            values["release"] = ["none", "two-pass"]
         if settings.dtype == "float32" and known:
             values["dtype"] = ["float32", "bfloat16"]
         if not settings.packed and self.source.inputs is None:
@@ -557,9 +598,9 @@ class Planner:
             changes = {
                 name: value for name, value in zip(values, combination, strict=True) if value != getattr(settings, name)
             }
-            if len(changes) > 3:
+            changed = self._change(settings, changes) if len(changes) <= 3 else None
+            if changed is None:
                 continue
-            changed = self._change(settings, changes)
             found.append(
                 Option(changes, self.peak(changed), self.flops(changed), self.seconds(changed), self.fits(changed))
             )
@@ -570,12 +611,22 @@ class Planner:
 
         return sorted(found, key=rank)
 
-    def _change(self, settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    def _change(self, settings: Settings, changes: Mapping[str, Any]) -> Settings | None:
+        """The settings with these changes; None where they do not go together."""
         more: dict[str, Any] = dict(changes)
         if "batch" in changes:  # the same tokens a step
             more["accumulation"] = settings.accumulation * settings.batch // changes["batch"]
             if settings.head_tokens is not None:
                 more["head_tokens"] = -(-settings.head_tokens * changes["batch"] // settings.batch)
+        wanted = {
+            **{name: getattr(settings, name) for name in ("optimizer", "offload", "release", "accumulation")},
+            **more,
+        }
+        ours = wanted["optimizer"] != "adamw"
+        if not ours and (wanted["offload"] or wanted["release"] != "none"):
+            return None
+        if wanted["accumulation"] > 1 and wanted["release"] != "none":
+            return None
         return dataclasses.replace(settings, **more)
 
     def largest(self, settings: Settings, name: Literal["batch", "seq_len"]) -> int | None:
@@ -607,6 +658,7 @@ class Planner:
         simulation = self._simulate(settings) if account else None
         kept = simulation.by_layer() if simulation is not None else {}
         names = list(dict.fromkeys([*(p.layer for p in parameters), *kept]))
+        away = settings.offload and settings.device == "cuda"
         layers = []
         for name in sorted(names, key=_layer_order):
             own = [p for p in parameters if p.layer == name]
@@ -614,7 +666,7 @@ class Planner:
                 Layer(
                     name,
                     sum(p.nbytes for p in own),
-                    sum(state_bytes(p, settings.optimizer, settings.master) for p in own),
+                    0 if away else sum(state_bytes(p, settings.optimizer, settings.master) for p in own),
                     sum(p.nbytes for p in own if p.trained),
                     kept.get(name, 0),
                 )
@@ -654,9 +706,7 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
 
 def trace_model(source: Source, settings: Settings) -> Any:
     """Trace a step of a model whose layers the planner does not know; see `pyeff.memory.trace`."""
-    import torch
-
-    from pyeff.memory.trace import trace_step
+    from pyeff.memory.trace import StepError
 
     model = source.empty(settings.dtype)
     if settings.head == "fused":
@@ -665,6 +715,19 @@ def trace_model(source: Source, settings: Settings) -> Any:
         raise UserError(f"adapters cannot be placed by the planner in {source.name}: give the model with its adapters")
     if settings.checkpointing == "attention":
         raise UserError(f"checkpointing attention cannot be planned for {source.name}: its layers are traced")
+    if settings.release != "none":
+        raise UserError(f"release {settings.release} cannot be planned for {source.name}: its layers are traced")
+    try:
+        return _traced(model, source, settings)
+    except StepError as error:
+        raise UserError(f"a step of {source.name} cannot be traced: {error}") from error
+
+
+def _traced(model: Any, source: Source, settings: Settings) -> Any:
+    import torch
+
+    from pyeff.memory.trace import trace_step
+
     if source.inputs is not None:
         return trace_step(model, **source.inputs)
     ids = torch.empty(settings.batch, settings.seq_len, dtype=torch.int64, device="meta")
@@ -674,15 +737,14 @@ def trace_model(source: Source, settings: Settings) -> Any:
         arguments["attention_mask"] = torch.empty(size, dtype=torch.bool, device="meta")
     was = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     wanted = settings.checkpointing == "layer"
+    if wanted and not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"checkpointing layer cannot be planned for {source.name}: the model does not support it")
     training = model.training
     try:
         if wanted and not was:
             _checkpoint_layers(model, True)
         model.train()
         return trace_step(model, **arguments)
-    except (TypeError, RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"a step of {source.name} cannot be traced: {first}") from error
     finally:
         model.train(training)
         if wanted and not was:

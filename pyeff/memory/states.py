@@ -44,6 +44,17 @@ def state_bytes(parameter: Parameter, optimizer: Optimizer, master: Master = "no
     return moments * (parameter.elements + _FP32 * blocks) + extra
 
 
+def slot_bytes(parameters: Iterable[Parameter], optimizer: Optimizer, master: Master = "none") -> int:
+    """What an 8-bit optimizer with its states in host memory has on the device: two slots of a bucket or a row."""
+    from pyeff.optim.offload import bucket_bytes
+
+    sizes = [(state_bytes(p, optimizer, master), p) for p in parameters if p.trained]
+    total = sum(size for size, _ in sizes)
+    # A vector is cut between blocks, everything else between rows.
+    rows = (size // (p.shape[0] if len(p.shape) > 1 else -(-p.elements // BLOCK)) for size, p in sizes if size)
+    return 2 * max(min(bucket_bytes(total), total), max(rows, default=0))
+
+
 def step_traffic(parameters: Iterable[Parameter], optimizer: Optimizer, master: Master = "none") -> int:
     """Bytes that one step reads and writes: weights and states both ways, gradients once."""
     return sum(2 * (p.nbytes + state_bytes(p, optimizer, master)) + p.nbytes for p in parameters if p.trained)

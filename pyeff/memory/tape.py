@@ -175,13 +175,16 @@ class Simulation:
         return dict(total)
 
 
-def simulate(tape: Tape, *, head: str = "head", gradients_held: bool = False) -> Simulation:
+def simulate(
+    tape: Tape, *, head: str = "head", gradients_held: bool = False, gradients_released: bool = False
+) -> Simulation:
     """Play one micro-batch's forward and backward.
 
     head: the layer whose backward is reported as a phase of its own. gradients_held: parameters have a gradient
-    already (gradient accumulation), so that every new one is live beside the sum it is added to.
+    already (gradient accumulation), so that every new one is live beside the sum it is added to. gradients_released:
+    a gradient is used and freed when the last node that adds to it is done.
     """
-    return _Player(tape, head, gradients_held).play()
+    return _Player(tape, head, gradients_held, gradients_released).play()
 
 
 class _Gradient:
@@ -193,7 +196,7 @@ class _Gradient:
 
 
 class _Player:
-    def __init__(self, tape: Tape, head: str, gradients_held: bool) -> None:
+    def __init__(self, tape: Tape, head: str, gradients_held: bool, gradients_released: bool) -> None:
         self.segments = [segment for segment in tape.segments if segment.ops]
         self.ops = [op for segment in self.segments for op in segment.ops]
         self.leaves = tape.leaves
@@ -205,6 +208,8 @@ class _Player:
         self.fullest: dict[str, Moment] = {}
         self.incoming: dict[Buffer, _Gradient] = {}
         self.parameters: dict[str, int] = {}
+        self.released = gradients_released
+        self.uses = Counter(name for op in self.ops for name, _ in op.parameters)
         if gradients_held:
             for op in self.ops:
                 self.parameters.update(op.parameters)
@@ -293,6 +298,10 @@ class _Player:
                         self.parameters[name] = nbytes
                         self.gradients += nbytes
                 self._mark(op.workspace + summed)
+                for name, nbytes in op.parameters:
+                    self.uses[name] -= 1
+                    if self.released and self.uses[name] == 0:
+                        self.gradients -= nbytes
                 for b, gradient in found:
                     self._accumulate(b, gradient)
         for gradient in arrived:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+class StepError(ValueError):
+    """The model's own step failed on tensors without data, or returned nothing to differentiate."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,12 @@ def trace_step(
 ) -> Traced:
     """Run one step of `model(*args, **kwargs)` on fake tensors.
 
-    The model may live on the meta device. Tensors among the arguments give shapes and types; what a model decides by
-    their values cannot be followed and raises ValueError. `loss` makes a scalar of what the model returns; by default
-    its `loss`, or the sum of its first floating-point tensor. device: where the tensors pretend to be. Kernels' own
-    workspaces are not seen. Buffers that the model replaces are not counted.
+    The model may live on the meta device. Tensors among the arguments give shapes and types. `loss` makes a scalar of
+    what the model returns; by default its `loss`, or the sum of its first floating-point tensor. device: where the
+    tensors pretend to be. Kernels' own workspaces are not seen. Buffers that the model replaces are not counted.
+
+    Raises `StepError`, a ValueError, for errors of the model's own step: what it decides by the values of its tensors
+    cannot be followed.
 
     Cost: the time of dispatching the step's operations, about 0.1 ms each.
 
@@ -64,15 +71,24 @@ def trace_step(
     with mode:
         weights = {name: fake(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-    step = _Step(model, lambda: _observe(weights, lambda: model(*args, **kwargs), loss, (args, kwargs)))
-    try:
-        with mode, _no_mask_from_values():
-            traced: Traced = torch.func.functional_call(step, {f"model.{name}": t for name, t in weights.items()}, ())
-            return traced
-    except DataDependentOutputException as error:
-        raise ValueError(
-            f"{type(model).__name__} decides by the values of its tensors ({error}): it cannot be traced without data"
-        ) from error
+    name = type(model).__name__
+
+    @contextlib.contextmanager
+    def models_own() -> Iterator[None]:
+        try:
+            yield
+        except DataDependentOutputException as error:
+            raise StepError(
+                f"{name} decides by the values of its tensors ({error}): it cannot be traced without data"
+            ) from error
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise error if isinstance(error, StepError) else StepError(first) from error
+
+    step = _Step(model, lambda: _observe(weights, lambda: model(*args, **kwargs), loss, (args, kwargs), models_own))
+    with mode, _no_mask_from_values():
+        traced: Traced = torch.func.functional_call(step, {f"model.{name}": t for name, t in weights.items()}, ())
+        return traced
 
 
 class _Step(nn.Module):
@@ -102,8 +118,13 @@ def measure_step(model: nn.Module, *args: Any, loss: Callable[[Any], Tensor] | N
 
 
 def _observe(
-    weights: Mapping[str, Tensor], run: Callable[[], Any], loss: Callable[[Any], Tensor] | None, given: Any
+    weights: Mapping[str, Tensor],
+    run: Callable[[], Any],
+    loss: Callable[[Any], Tensor] | None,
+    given: Any,
+    models_own: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Traced:
+    """Count what a step keeps. What the model does happens in `models_own()`, which tells its errors from ours."""
     own = {_key(t) for t in weights.values()}
     saved: dict[int, int] = {}
 
@@ -117,10 +138,13 @@ def _observe(
         if isinstance(t, Tensor):
             live.see(t)
     with live:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), models_own():
             value = (loss or _loss_of)(run())
         forward_end, forward_peak = live.now, live.peak
-        value.backward()
+        with models_own():
+            value.backward()
+    if live.fault is not None:
+        raise live.fault
     gradients = sum(t.grad.untyped_storage().nbytes() for t in weights.values() if t.grad is not None)
     phase = "forward" if forward_peak >= live.peak else "backward"
     return Traced(sum(saved.values()), forward_end, live.peak, phase, gradients, live.flops)
@@ -137,7 +161,7 @@ def _loss_of(output: Any) -> Tensor:
     for t in tree_leaves(output):
         if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad:
             return t if t.numel() == 1 else t.float().sum()
-    raise ValueError("the model returned no floating-point tensor that requires a gradient: give loss=")
+    raise StepError("the model returned no floating-point tensor that requires a gradient: give loss=")
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -147,6 +171,7 @@ class _LiveBytes(TorchDispatchMode):
         super().__init__()
         self.known = set(own)
         self.now = self.peak = self.flops = 0
+        self.fault: Exception | None = None
 
     def see(self, t: Tensor) -> None:
         storage = t.untyped_storage()
@@ -165,6 +190,13 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        try:
+            self._count(func, args, kwargs, result)
+        except Exception as error:  # not the model's; torch does not survive one that leaves here
+            self.fault = self.fault or error
+        return result
+
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         # FlopCounterMode would count the same but for the CPU's attention, and it keeps what a checkpoint frees alive.
         packet = func._overloadpacket
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -176,7 +208,6 @@ class _LiveBytes(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self.see(t)
-        return result
 
 
 @contextlib.contextmanager

@@ -105,6 +105,11 @@ class Slot:
     free: Mark | None = None
 
 
+def bucket_bytes(total: int) -> int:
+    """How large buckets are for states of so many bytes."""
+    return max(_SMALLEST_BUCKET, min(BUCKET_BYTES, total // _BUCKETS))
+
+
 class Offload:
     """The slots of one device, and when states were last written; shared by all plans of an optimizer."""
 
@@ -112,7 +117,7 @@ class Offload:
         """`parameters`: each with its states in the order of `OptimizerStates.lists`, meta ones do, and block size."""
         self.transfers = transfers
         total = sum(aligned(t.nbytes) for _, states, _ in parameters for t in states[:OFFLOADED] if t is not None)
-        self.bucket_bytes = max(_SMALLEST_BUCKET, min(BUCKET_BYTES, total // _BUCKETS))
+        self.bucket_bytes = bucket_bytes(total)
         pieces = (
             piece.nbytes
             for p, states, block_size in parameters
