@@ -224,6 +224,10 @@ def _make_mask(
             "checkpoint with keep='nothing'"
         )
     padding = attention_mask
+    if padding is not None and padding.shape[0] != batch_size:
+        raise UnsupportedMaskError(
+            f"attention_mask must have the batch's {batch_size} rows, got {padding.shape[0]}: repeat it"
+        )
     if padding is not None and bool(padding.all()):
         padding = None
     causal = mask_function is masking_utils.causal_mask_function
@@ -231,8 +235,8 @@ def _make_mask(
         return AttentionPattern(causal=False)
     if q_length != kv_length or kv_offset:
         raise UnsupportedMaskError(
-            f"a mask of {q_length} queries and {kv_length} keys is not honoured while gradients are wanted: pass "
-            "use_cache=False, or checkpoint with keep='nothing'"
+            f"a mask of {q_length} queries and {kv_length} keys is not honoured while gradients are wanted: pass an "
+            f"attention_mask of {q_length} tokens and use_cache=False, or checkpoint with keep='nothing'"
         )
     if padding is None and causal:
         return AttentionPattern(causal=True)

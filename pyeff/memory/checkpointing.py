@@ -107,6 +107,9 @@ def checkpoint(
         raise ValueError(f"keep must be 'attention' or 'nothing', got {keep!r}")
     if compress not in (None, "fp8", "int8"):
         raise ValueError(f"compress must be None, 'fp8' or 'int8', got {compress!r}")
+    for name, value in (("offload", offload), ("strict", strict)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     found = _find_layers(model, layers)
     _refuse_nested(found)
     for name, layer in found.items():
@@ -361,6 +364,8 @@ def _find_layers(model: nn.Module, layers: Any) -> dict[str, nn.Module]:
         return _decoder_layers(model)
     if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
         layers = [layers]
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be 'auto' or a list of modules or their names, got {type(layers).__name__}")
     names = {id(module): name for name, module in model.named_modules()}
     modules = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
@@ -452,6 +457,13 @@ def _without_caches(
     def without(value: Any) -> Any:
         if not isinstance(value, Cache):
             return value
+        dropped_by: set[int] = value.__dict__.setdefault("_dropped_by", set())
+        if id(layer) in dropped_by:
+            raise ValueError(
+                "this cache was given before and is empty, as layers drop caches while gradients are wanted: decode "
+                "under torch.no_grad()"
+            )
+        dropped_by.add(id(layer))
         if value.get_seq_length() > 0:
             raise ValueError(
                 "a cache that holds tokens cannot be trained on top of, as the re-run would write to it again: pass "

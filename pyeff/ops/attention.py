@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyeff import reference as _reference
 from pyeff.ops import _foreign_attention as _foreign
@@ -21,6 +21,7 @@ from pyeff.ops._packed import check_borders, samples_of
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FOREIGN_ON_GPU = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash")
 _GREATEST_HEAD_SIZE = 256
+_GREATEST_WINDOW = 2**31 - 1
 
 # What `auto` tries, by the major compute capability of the GPU: an estimate from published speeds until this project
 # has measured them.
@@ -100,8 +101,8 @@ def attention(
     under autocast float32 is cast as torch's own attention casts it. `scale` is D^-1/2 if left out.
 
     Returns `out` like `q`, contiguous; with `return_lse` also `lse`, the natural logarithm, [B, H, T] or packed [H, N],
-    float32 (float64 for float64). Both are differentiable. A query that sees no key has out 0, lse -inf and gradient 0;
-    samples may be empty. NaN or infinity in a sample may spoil all of that sample, and no other.
+    float32 (float64 for float64). Both are differentiable, once. A query that sees no key has out 0, lse -inf and
+    gradient 0; samples may be empty. NaN or infinity in a sample may spoil all of that sample, and no other.
 
     Both are outputs of `torch.ops.pyeff.attention_forward`, and `torch.ops.pyeff.attention_backward` takes them: a
     policy of selective checkpointing that keeps the one never runs it again.
@@ -130,12 +131,12 @@ def attention(
     (torch.Size([2, 5, 4, 32]), torch.Size([2, 4, 5]))
     """
     _check(q, k, v, cu_seqlens, cu_seqlens_k)
-    _check_options(scale, window, softcap, impl)
+    _check_options(causal, scale, window, softcap, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if _in_autocast(q):
         q, k, v = _autocast(q, k, v)
-    out, lse = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, bool(causal), scale, window, softcap, impl)
+    out, lse = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl)
     return (out, lse) if return_lse else out
 
 
@@ -174,14 +175,31 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 10
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = BACKWARD(grad_out, q, k, v, out, lse, grad_lse, cu_seqlens, cu_seqlens_k, *ctx.options)
+        arguments = (grad_out, q, k, v, out, lse, grad_lse, cu_seqlens, cu_seqlens_k, *ctx.options)
+        # Grad mode is on under create_graph alone.
+        grads = _Gradients.apply(*arguments) if torch.is_grad_enabled() else BACKWARD(*arguments)
         return (*grads, *(None,) * 7)
+
+
+class _Gradients(torch.autograd.Function):
+    """A node in the graph of the gradients: without one, second derivatives by way of attention would be left out."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Grads:
+        grads: Grads = BACKWARD(*arguments)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "pyeff.attention has no second derivatives: take pyeff.reference.attention, which is plain torch, where "
+            "they are needed"
+        )
 
 
 def _run_forward(
@@ -380,6 +398,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlen
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.ndim != (3 if packed else 4):
             raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.device != q.device:
@@ -420,15 +440,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlen
         )
 
 
-def _check_options(scale: float | None, window: int | None, softcap: float | None, impl: str) -> None:
+def _check_options(causal: bool, scale: float | None, window: int | None, softcap: float | None, impl: str) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {type(causal).__name__}")
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name} must be positive and finite, got {value}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
         raise TypeError(f"window must be a whole number of keys or None, got {type(window).__name__}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, the query's own key, or None for all, got {window}")
+    if window is not None and window > _GREATEST_WINDOW:
+        raise ValueError(f"window must be at most 2^31 - 1, or None for all keys, got {window}")
     if impl != "auto" and impl not in OPERATION.implementations:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(OPERATION.implementations)}, got {impl!r}")

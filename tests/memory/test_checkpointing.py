@@ -336,6 +336,10 @@ def test_caches_are_dropped_and_full_ones_refused():
             cache = model(batch["input_ids"], use_cache=True).past_key_values
         with pytest.raises(ValueError, match="use_cache=False"):
             model(batch["input_ids"], past_key_values=cache, use_cache=True)
+        # Decoding where no_grad was forgotten would see one token at a time.
+        cache = model(batch["input_ids"], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"decode under torch\.no_grad"):
+            model(batch["input_ids"][:, :1], past_key_values=cache, use_cache=True)
 
 
 def test_compiled_models_run_their_layers_outside_the_graph():
@@ -624,7 +628,13 @@ def test_options_and_layers_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             pyeff.checkpoint(model, **options)
-    for model, options in ((Stack(), {"layers": [1]}), (torch.sin, {})):
+    for model, options in (
+        (Stack(), {"layers": [1]}),
+        (Stack(), {"layers": None}),
+        (Stack(), {"layers": ["layers"], "offload": "cpu"}),
+        (Stack(), {"layers": ["layers"], "strict": None}),
+        (torch.sin, {}),
+    ):
         with pytest.raises(TypeError, match="must"):
             pyeff.checkpoint(model, **options)
 
@@ -781,6 +791,16 @@ def test_unknown_masks_are_honoured_where_a_pattern_says_them_and_refused_elsewh
     window = masking_utils.sliding_window_causal_mask_function(3)
     with pytest.raises(UnsupportedMaskError, match="padding between"):
         _make_mask(mask_function=window, attention_mask=holes, **call)
+
+
+def test_a_mask_of_other_rows_or_tokens_is_refused():
+    model, batch = model_of("llama"), batch_of()
+    with pyeff.checkpoint(model):
+        for shape, message in (((1, 24), "2 rows, got 1"), ((2, 20), "attention_mask of 24 tokens")):
+            mask = torch.ones(shape, dtype=torch.int64)
+            mask[0, 0] = 0
+            with pytest.raises(UnsupportedMaskError, match=message):
+                model(**batch, attention_mask=mask)
 
 
 def test_a_mask_of_the_callers_own_is_refused():

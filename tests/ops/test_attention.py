@@ -492,6 +492,21 @@ def test_gradients_of_either_result_alone(backend: Backend) -> None:
     assert_accurate(found, problem, [*tensors[:3], torch.zeros_like(tensors[3]), tensors[4]])
 
 
+@pytest.mark.parametrize("of", ["out", "lse"])
+def test_second_derivatives_are_refused_and_never_left_out(of: str) -> None:
+    q, k, v, *_ = (t.requires_grad_() for t in PROBLEMS["padded"].tensors())
+
+    def gradient(create_graph: bool) -> Tensor:
+        found = pyeff.attention(q, k, v, return_lse=True)[of == "lse"]
+        # Another path to q, by which a derivative would come out even without attention's part.
+        return torch.autograd.grad(found.sin().sum() + q.sin().sum(), q, create_graph=create_graph)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+    for inputs in ((q,), (q, v)):
+        with pytest.raises(RuntimeError, match=r"no second derivatives: take pyeff\.reference\.attention"):
+            torch.autograd.grad(gradient(True).square().sum(), inputs, allow_unused=True)
+
+
 def test_nothing_but_inputs_and_results_is_kept_for_the_backward() -> None:
     q, k, v = (t.requires_grad_() for t in PROBLEMS["padded"].tensors()[:3])
     kept: list[Tensor] = []
@@ -605,10 +620,14 @@ def test_arguments_that_do_not_fit_are_named() -> None:
             packed,
             {"cu_seqlens": cu_seqlens, "cu_seqlens_k": torch.tensor([0, 5])},
         ),
+        (TypeError, "q must be a dense tensor", (q.to_sparse(), k, v), {}),
+        (TypeError, "causal must be True or False, got str", (q, k, v), {"causal": "no"}),
         (ValueError, "window must be at least 1", (q, k, v), {"window": 0}),
+        (ValueError, "window must be at most", (q, k, v), {"window": 2**63}),
         (TypeError, "window must be a whole number", (q, k, v), {"window": 2.0}),
         (ValueError, "softcap must be positive and finite", (q, k, v), {"softcap": 0.0}),
         (ValueError, "scale must be positive and finite", (q, k, v), {"scale": math.inf}),
+        (ValueError, "scale must be positive and finite", (q, k, v), {"scale": 10**400}),
         (TypeError, "scale must be a number", (q, k, v), {"scale": "1"}),
         (ValueError, "impl must be 'auto' or one of", (q, k, v), {"impl": "fast"}),
     ]
