@@ -197,7 +197,10 @@ class _Recorder:
         targets = Buffer("targets", rows * 8)
         if head == "fused":
             numbers = Buffer("losses of tokens", rows * _FP32), Buffer("log-sum-exps of the logits", rows * _FP32)
-            panel = min(_PANEL_BYTES[self.device], rows * m.vocab * s)
+            # Logits of some classes, on a CPU in fp32 whatever the model is in, and these classes' weight gradient.
+            size = _FP32 if self.device == "cpu" else s
+            classes = min(m.vocab, _PANEL_BYTES[self.device] // max(1, rows * size))
+            panel = classes * size * (rows + (m.hidden if weight else 0))
             tape.op(
                 "linear cross entropy",
                 [x],

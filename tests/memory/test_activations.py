@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -112,7 +114,8 @@ def test_kept_attention(family: str, dtype: str, batch: int, tokens: int, packed
     check(config_of(family, **changes), dtype, batch, tokens, checkpointing="attention", packed=packed)
 
 
-def test_a_head_without_logits_keeps_two_numbers_a_token():
+@pytest.mark.parametrize("checkpointing", ["none", "attention"])
+def test_a_head_without_logits_keeps_two_numbers_a_token(checkpointing: Any):
     from pyeff import linear_cross_entropy
 
     config = config_of("llama", vocab_size=1000)
@@ -123,10 +126,27 @@ def test_a_head_without_logits_keeps_two_numbers_a_token():
     def loss(output: Any) -> torch.Tensor:
         return linear_cross_entropy(output.last_hidden_state, model.lm_head.weight, targets)
 
-    body = measure_step(_Body(model), inputs, loss=loss)
-    found = plan(config, seq_len=96, batch=2, dtype="float32", device="cpu", head="fused")
+    with pyeff.checkpoint(model) if checkpointing == "attention" else nullcontext():
+        body = measure_step(_Body(model), inputs, loss=loss)
+        # Buffers inside of our own operators show where torch's allocator is asked for them.
+        peak = allocated_at_most(lambda: loss(_Body(model)(inputs)).backward())
+    options: Any = {"dtype": "float32", "device": "cpu", "head": "fused", "checkpointing": checkpointing}
+    found = plan(config, seq_len=96, batch=2, **options)
     saved = sum(nbytes for _, _, nbytes in found.saved)
     assert saved == pytest.approx(body.saved, rel=WITHIN)
+    step = found.phases[-1]
+    beside = step.parameters + step.states + step.other
+    assert max(phase.total for phase in found.phases[:-1]) - beside == pytest.approx(peak, rel=WITHIN)
+
+
+def allocated_at_most(step: Callable[[], object]) -> int:
+    """Bytes that torch's allocator gave out during `step` and had not taken back, at the fullest moment."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(live)
 
 
 class _Body(torch.nn.Module):
