@@ -169,6 +169,10 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adam8bit, lion8bit or sgd8bit.")] = "adamw",
     master: Annotated[str, typer.Option(help="Beside bf16 weights: none, stochastic, ecc8 or fp32.")] = "none",
+    offload: Annotated[bool, typer.Option("--offload", help="Optimizer states of a GPU in host memory.")] = False,
+    release: Annotated[
+        str, typer.Option(help="Steps inside the backward: none, one-pass, or two-pass with exact clipping.")
+    ] = "none",
     checkpointing: Annotated[str, typer.Option(help="none, layer or attention.")] = "none",
     head: Annotated[str, typer.Option(help="logits, or fused: without them in memory.")] = "logits",
     lora_rank: Annotated[int, typer.Option(help="Train adapters of this rank; 0 trains everything.")] = 0,
@@ -197,6 +201,8 @@ def plan(
             dtype=dtype,  # type: ignore[arg-type]  # checked there, with the choices in the message
             optimizer=optimizer,  # type: ignore[arg-type]
             master=master,  # type: ignore[arg-type]
+            offload=offload,
+            release=release,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
             head=head,  # type: ignore[arg-type]
             lora_rank=lora_rank,

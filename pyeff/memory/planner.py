@@ -142,7 +142,7 @@ class Option:
         """The changes in words."""
         # A smaller batch takes the same step in more parts.
         more = {"batch": " accumulated"}
-        return ", ".join(f"{key} {value}{more.get(key, '')}" for key, value in self.changes.items()) or "as asked"
+        return ", ".join(_in_words(key, value) + more.get(key, "") for key, value in self.changes.items()) or "as asked"
 
 
 @dataclass(frozen=True)
@@ -758,6 +758,10 @@ def _checkpoint_layers(model: Any, on: bool) -> None:
         getattr(model, f"{name}_checkpointing_enable")(**options)
     else:
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+def _in_words(key: str, value: Any) -> str:
+    return {True: key, False: f"no {key}"}[value] if isinstance(value, bool) else f"{key} {value}"
 
 
 def _halves(count: int) -> list[int]:
