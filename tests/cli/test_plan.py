@@ -34,6 +34,22 @@ def test_json_is_the_whole_plan(directory: Path, capsys: pytest.CaptureFixture[s
     assert found["peak"]["total"] == max(phase["total"] for phase in found["phases"])
 
 
+def test_states_in_host_memory_and_released_gradients_are_planned(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--seq-len", "64", "--optimizer", "adamw8bit", "--gpu", "h100"]
+    found = []
+    for more in ([], ["--offload", "--release", "two-pass"]):
+        assert run_app(["plan", str(directory), *arguments, *more, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    kept, away = found
+    assert away["flops"] == 2 * kept["flops"]
+    assert away["phases"][-1]["gradients"] == 0 < kept["phases"][-1]["gradients"]
+    assert all(layer["states"] == 0 for layer in away["layers"])
+    assert run_app(["plan", str(directory), *arguments, "--offload"]) == 0
+    assert "no offload" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_model_of_the_demo_is_planned_by_its_name(capsys: pytest.CaptureFixture[str]):
     assert run_app(["plan", "smollm2", "--seq-len", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -58,6 +74,8 @@ def test_what_fits_nothing_says_so(directory: Path, capsys: pytest.CaptureFixtur
         (["--seq-len", "8", "--device-memory", "-1GB"], "memory must be a positive size"),
         (["--seq-len", "8", "--rates", "fast"], "--rates takes TFLOP/s and GB/s"),
         (["--seq-len", "8", "--gpu", "abacus"], "gpu must be one of"),
+        (["--seq-len", "8", "--offload"], "offload needs one of pyeff's optimizers"),
+        (["--seq-len", "8", "--optimizer", "adamw8bit", "--release", "later"], "release must be one of"),
         (["--seq-len", "8", "--plot", "/nowhere/plan.png"], "the plot cannot be written"),
     ],
 )

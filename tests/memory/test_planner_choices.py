@@ -165,3 +165,42 @@ def test_an_error_of_ours_is_not_said_to_be_the_models(where: str, monkeypatch: 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     with pytest.raises(TypeError, match="a fault in the tracer"):
         plan(model, seq_len=1, device="cpu", inputs={"input": torch.zeros(2, 4)})
+
+
+# ---- the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"offload": True}, {"release": "one-pass"}], ids=str)
+def test_gpu_peak_is_within_five_per_cent(options: dict[str, Any]) -> None:
+    """Of a step with bf16 weights, whose states and gradients weigh as much as its activations."""
+    config = config_of(
+        "llama",
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=12,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    )
+    model: Any = model_of(config, "bfloat16").to("cuda")
+    optimizer = AdamW8bit(model.parameters(), offload=options.get("offload", False))
+    inputs = step_inputs(1, 1024, device="cuda")
+    release = GradientRelease(optimizer) if "release" in options else None
+
+    def step() -> None:
+        if release is not None:
+            release.backward(lambda: model(**inputs).loss)
+            return
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    found = plan(config, seq_len=1024, dtype="bfloat16", optimizer="adamw8bit", **options)
+    assert found.peak.total == pytest.approx(torch.cuda.max_memory_allocated(), rel=WITHIN)

@@ -102,6 +102,23 @@ def test_options_that_do_not_go_together_are_refused(options: Any, mine: Any, ma
         GradientRelease(optimizer, **mine)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_gradients_are_not_accumulated(clip_norm: float | None) -> None:
+    """The sum over micro-batches would be needed for every parameter at once; the first of two passes would lose it."""
+    model = network()
+    before = copy.deepcopy(model)
+    with GradientRelease(AdamW8bit(model.parameters()), clip_norm=clip_norm) as release:
+        loss_of(model, 0).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="gradients cannot be accumulated"):
+            release.backward(lambda: loss_of(model, 1))
+        with pytest.raises(TypeError, match="one loss, of the whole batch"):
+            release.backward([lambda: loss_of(model, 1), lambda: loss_of(model, 2)])
+    for p, q, g in zip(model.parameters(), before.parameters(), gradients, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p.grad, g)
+
+
 def test_gradients_that_are_already_there_are_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
