@@ -6,6 +6,7 @@ Memory beyond the plain layer: the unfolded patches of as many samples as fit in
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyeff.observation.deferral import HeldCall, Kept
 from pyeff.observation.layers import (
     PARAMETER_INPUTS,
     WORKSPACE_BYTES,
     cast_for_autocast,
+    laid_out,
     no_autocast,
     sum_rows,
     weight_norms_sq,
@@ -74,15 +77,38 @@ class ObservedConvolution(torch.autograd.Function):
                 grad_x = grad_x.to(ctx.x_dtype) if mask[0] else None
                 grad_w = grad_w.to(ctx.w_dtype) if mask[1] else None
             if measured:
+                ctx.w_use.hold(
+                    HeldCall(ctx.w_use.rows, (x, g), functools.partial(_plain_grad, x, g, w.shape, geometry))
+                )
                 grad_w = _weight_grad(x, g, w.shape, geometry, ctx.w_use)
                 grad_w = None if grad_w is None else grad_w.to(ctx.w_dtype)
             if ctx.needs_input_grad[2]:
                 sums = g.flatten(2).sum(2, dtype=torch.promote_types(g.dtype, torch.float32))
-                grad_b = sum_rows(sums, ctx.b_use).to(ctx.b_dtype)
+                grad_b = laid_out(sum_rows(sums, ctx.b_use), sums.shape[1:], ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None
 
 
 PARAMETER_INPUTS[ObservedConvolution] = (1, 2)
+
+
+def _plain_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, kept: Kept) -> Tensor:
+    """The gradient of the weight from some images alone."""
+    stride, padding, dilation, groups = geometry
+    weight = x.new_empty(1).expand(shape)  # of which the shape is asked, and nothing else
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        kept.scaled(g),
+        kept.rows(x),
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [False, True, False],
+    )
+    return grad
 
 
 def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, use: Use) -> Tensor | None:
@@ -98,7 +124,11 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
     grad = torch.zeros(groups, outputs, patch, dtype=dtype, device=x.device)
     norms_sq = torch.zeros(use.rows.samples, dtype=dtype, device=x.device)
     most = WORKSPACE_BYTES // max(1, positions * patch * groups * dtype.itemsize)  # images
-    features = use.forward.observation.features
+    observation = use.forward.observation
+    features = observation.features
+    if features is None and not observation.norms:
+        use.add_norms_sq(None)
+        return None
     sketches, dots = [], []
     begin = 0
     while begin < use.rows.samples:
@@ -118,10 +148,11 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
                 spans = itertools.pairwise(borders.tolist())
                 of_samples = torch.stack([grads[i:j].T @ inputs[i:j] for i, j in spans])
                 sample_grads.append(of_samples)
-                grad[group] += of_samples.sum(0)
+                if observation.gradient:
+                    grad[group] += of_samples.sum(0)
                 norms_sq[begin:end] += of_samples.square().sum((1, 2))
                 continue
-            if not use.forward.observation.gradient:
+            if not observation.gradient:
                 pairs = int(borders.diff().square().sum())
                 norms_sq[begin:end] += weight_norms_sq(inputs, grads, borders, pairs)
                 continue
@@ -135,9 +166,9 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
             sketches += [] if of_sketches is None else [of_sketches]
             dots += [] if of_dots is None else [of_dots]
         begin = end
-    use.add_norms_sq(norms_sq)
+    use.add_norms_sq(norms_sq if observation.norms else None)
     use.add_features(torch.cat(sketches) if sketches else None, torch.cat(dots) if dots else None)
-    if not use.forward.observation.gradient:
+    if not observation.gradient:
         return None
     return grad.view(shape).squeeze(2) if len(geometry.stride) == 1 else grad.view(shape)
 

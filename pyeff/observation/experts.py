@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, no_autocast
+from pyeff.observation.deferral import HeldExperts, HeldSamples
+from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, measured, no_autocast
 from pyeff.observation.recording import Use
 from pyeff.observation.rows import Rows
-from pyeff.ops import linear_grad
 
 if TYPE_CHECKING:
     from pyeff.observation.observer import GradientObservation
@@ -76,12 +76,14 @@ class ObservedExperts(torch.autograd.Function):
                 grad_w = _weight_grad(inputs, outputs, pairs, ctx.w_shape, ctx.w_dtype, ctx.w_use)
             if ctx.needs_input_grad[2]:
                 sums = pairs.sum_by_sample(g).view(experts, -1, g.shape[1])
-                if ctx.b_use is not None and ctx.b_use.open:
-                    ctx.b_use.add_norms_sq(sums.square().sum((0, 2)))
-                    features = ctx.b_use.forward.observation.features
+                use = ctx.b_use
+                if use is not None and use.open:
+                    use.hold(HeldSamples(sums.transpose(0, 1)))
+                    use.add_norms_sq(sums.square().sum((0, 2)))
+                    features = use.forward.observation.features
                     if features is not None:
-                        ctx.b_use.add_features(*features.of_sample_grads(ctx.b_use.name, sums.transpose(0, 1)))
-                grad_b = sums.sum(1).to(ctx.b_dtype)
+                        use.add_features(*features.of_sample_grads(use.name, sums.transpose(0, 1)))
+                grad_b = None if use is not None and use.deferred else sums.sum(1).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None, None
 
 
@@ -103,35 +105,40 @@ def _per_expert(x: Tensor, w: Tensor, pairs: Rows) -> Tensor:
 
 def _weight_grad(
     inputs: Tensor, outputs: Tensor, pairs: Rows, shape: torch.Size, dtype: torch.dtype, use: Use | None
-) -> Tensor:
+) -> Tensor | None:
     assert pairs.host is not None
     experts = shape[0]
     samples = pairs.samples // experts
-    grad = torch.zeros(shape, dtype=dtype, device=inputs.device)
+    watched = use if use is not None and use.open else None
+    observation = None if watched is None else watched.forward.observation
+    features = None if observation is None else observation.features
+    if watched is not None:
+        watched.hold(HeldExperts(pairs, inputs, outputs, experts))
+    gradient = observation is None or observation.gradient
+    grad = torch.zeros(shape, dtype=dtype, device=inputs.device) if gradient else None
     norms_sq = torch.zeros(samples, dtype=torch.promote_types(inputs.dtype, torch.float32), device=inputs.device)
-    measured = use is not None and use.open
-    features = use.forward.observation.features if use is not None and use.open else None
     for expert, (begin, end) in enumerate(_spans(pairs, experts)):
         if end == begin and (features is None or features.linear):
             continue
-        if measured:
-            borders = pairs.host[expert * samples : (expert + 1) * samples + 1] - begin
-            options: dict[str, Any] = {}
-            if features is not None and use is not None:
-                reference = features.parameter_reference(use.name)
-                options["reference"] = None if reference is None else reference[expert]
-                options["sketch"] = features.parameter_sketch(use.name, expert)
-            result = linear_grad(inputs[begin:end], outputs[begin:end], borders, **options)
-            assert result.weight_grad is not None
-            assert result.norms_sq is not None
+        a, g = inputs[begin:end], outputs[begin:end]
+        if watched is None:
+            assert grad is not None
+            grad[expert] = g.t() @ a
+            continue
+        borders = pairs.host[expert * samples : (expert + 1) * samples + 1] - begin
+        reference = sketch = None
+        if features is not None:
+            reference = features.parameter_reference(watched.name)
+            reference = None if reference is None else reference[expert]
+            sketch = features.parameter_sketch(watched.name, expert)
+        result = measured(a, g, borders, int(borders.diff().square().sum()), watched, reference, sketch)
+        if grad is not None and result.weight_grad is not None:
             grad[expert] = result.weight_grad
+        if result.norms_sq is not None:
             norms_sq += result.norms_sq
-            if use is not None:
-                use.add_features(result.sketches, result.dots)
-        else:
-            grad[expert] = outputs[begin:end].t() @ inputs[begin:end]
-    if use is not None and measured:
-        use.add_norms_sq(norms_sq)
+        watched.add_features(result.sketches, result.dots)
+    if watched is not None and observation is not None:
+        watched.add_norms_sq(norms_sq if observation.norms else None)
     return grad
 
 

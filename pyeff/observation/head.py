@@ -7,16 +7,19 @@ embedding, a piece of _PIECE_BYTES of the gradient by the logits of one sample's
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyeff.observation.deferral import HeldCall, Kept
 from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast
 from pyeff.observation.recording import Use
 from pyeff.ops.linear_cross_entropy import forward_of_head
-from pyeff.ops.linear_cross_entropy_grad import gradient_of_scored
+from pyeff.ops.linear_cross_entropy_grad import HeadGrad, gradient_of_scored
 
 
 class ObservedHead(torch.autograd.Function):
@@ -45,23 +48,27 @@ class ObservedHead(torch.autograd.Function):
         uses = [use for use in (ctx.w_use, ctx.b_use) if use is not None and use.open]
         of_hidden, of_w, of_b = ctx.needs_input_grad[:3]
         gradient = not uses or uses[0].forward.observation.gradient
-        found = gradient_of_scored(
-            rows,
-            w,
-            targets,
-            uses[0].rows.borders if uses else torch.tensor([0, rows.shape[0]]),
-            nll,
-            lse,
-            grad_losses.contiguous(),
-            bias=b,
-            softcap=ctx.softcap,
-            ignore_index=ctx.ignore_index,
-            hidden_grad=of_hidden,
-            weight_grad=gradient and (of_w or of_b),
-            norms=bool(uses),
-        )
+        norms = bool(uses) and uses[0].forward.observation.norms
+        options = {"softcap": ctx.softcap, "ignore_index": ctx.ignore_index}
+        borders = uses[0].rows.borders if uses else torch.tensor([0, rows.shape[0]])
+        found = HeadGrad(nll, None, None, None, None, None)
+        if of_hidden or norms or (gradient and (of_w or of_b)):
+            found = gradient_of_scored(
+                rows,
+                w,
+                targets,
+                borders,
+                nll,
+                lse,
+                grad_losses.contiguous(),
+                bias=b,
+                hidden_grad=of_hidden,
+                weight_grad=gradient and (of_w or of_b),
+                norms=norms,
+                **options,
+            )
+        _hold(ctx.w_use, ctx.b_use, saved, grad_losses, options)
         if ctx.w_use in uses:
-            assert found.norms_sq is not None
             ctx.w_use.add_norms_sq(found.norms_sq)
 
             def columns(sample: slice, classes: Tensor) -> Tensor:
@@ -69,7 +76,6 @@ class ObservedHead(torch.autograd.Function):
 
             ctx.w_use.add_columns(rows, columns)
         if ctx.b_use in uses:
-            assert found.bias_norms_sq is not None
             ctx.b_use.add_norms_sq(found.bias_norms_sq)
         grad_hidden = None if found.hidden_grad is None else found.hidden_grad.view(ctx.shape).to(ctx.dtype)
         grad_w = found.weight_grad.to(ctx.w_dtype) if of_w and found.weight_grad is not None else None
@@ -77,6 +83,44 @@ class ObservedHead(torch.autograd.Function):
 
 
 PARAMETER_INPUTS[ObservedHead] = (1, 2)
+
+
+def _hold(
+    w_use: Use | None, b_use: Use | None, saved: tuple[Tensor, ...], grad_losses: Tensor, options: dict[str, Any]
+) -> None:
+    """Keep what the gradients of weight and bias take later: rows, labels, and the numbers of each row's softmax."""
+    rows, w, b, targets, nll, lse = saved
+
+    @functools.lru_cache(maxsize=1)  # one pass for both
+    def formed(places: Tensor | None, factors: Tensor | None) -> HeadGrad:
+        kept = Kept(places, factors, [])
+        some = kept.rows(rows)
+        return gradient_of_scored(
+            some,
+            w,
+            kept.rows(targets),
+            torch.tensor([0, some.shape[0]]),
+            kept.rows(nll),
+            kept.rows(lse),
+            kept.scaled(grad_losses).contiguous(),
+            bias=b,
+            hidden_grad=False,
+            weight_grad=True,
+            norms=False,
+            **options,
+        )
+
+    def of(use: Use | None, gradient: Callable[[HeadGrad], Tensor | None]) -> None:
+        def form(kept: Kept) -> Tensor:
+            found = gradient(formed(kept.places, kept.factors))
+            assert found is not None
+            return found
+
+        if use is not None and use.deferred:
+            use.hold(HeldCall(use.rows, (rows, targets, nll, lse, grad_losses), form))
+
+    of(w_use, lambda found: found.weight_grad)
+    of(b_use, lambda found: found.bias_grad)
 
 
 def _logit_grads(

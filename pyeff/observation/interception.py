@@ -649,7 +649,7 @@ def _run_backward(
         inputs = [_edge(t) for t in ((inputs,) if isinstance(inputs, Tensor | GradientEdge) else inputs)]
     # Checkpoints repeat their forward pass in here and must find the same layers. Torch leaves the mode while it
     # handles a call; given edges in place of tensors, it does not call back for the same one.
-    with mode:
+    with mode.observation.hooks_waiting(), mode:
         torch.autograd.backward(edges, gradients, retain_graph, create_graph, inputs=inputs)
     mode.observation.after_backward()
 

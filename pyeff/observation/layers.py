@@ -20,8 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyeff.observation.deferral import HeldProduct, HeldRows
 from pyeff.observation.recording import Use
-from pyeff.ops import embedding_grad, gram_norms, linear_grad, norm_layer_grad, vector_grad
+from pyeff.ops import (
+    LinearGrad,
+    ParameterSketch,
+    directional_scores,
+    embedding_grad,
+    gram_norms,
+    linear_grad,
+    norm_layer_grad,
+    vector_grad,
+)
 from pyeff.ops.vector_grad import VectorGrad
 
 # Temporary tensors are cut into pieces of at most this size. Half a megabyte of fp32 per thousand rows of 128 columns
@@ -87,30 +97,52 @@ class ObservedLinear(torch.autograd.Function):
                 else:
                     grad_w = (outputs.t() @ inputs).to(ctx.w_dtype)
             if ctx.needs_input_grad[2]:
-                grad_b = sum_rows(rows_g, ctx.b_use).to(ctx.b_dtype)
+                grad_b = laid_out(sum_rows(rows_g, ctx.b_use), rows_g.shape[1:], ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None
 
 
 def _measured_grad(inputs: Tensor, outputs: Tensor, use: Use) -> Tensor | None:
     """outputs^T inputs, once what is wanted of the samples' shares is noted; None where only these are wanted."""
     observation = use.forward.observation
-    if observation.features is None and not observation.gradient:
-        use.add_norms_sq(weight_norms_sq(inputs, outputs, use.rows.borders, use.rows.pairs))
-        use.add_product(inputs, outputs)
-        return None
+    use.hold(HeldProduct(use.rows, inputs, outputs))
     reference = sketch = None
     if observation.features is not None:
         reference = observation.features.parameter_reference(use.name)
         sketch = observation.features.parameter_sketch(use.name)
     # Reference and sketch are of the parameter, of which the layer may have been given the transpose.
     a, g = (outputs, inputs) if use.transposed else (inputs, outputs)
-    result = linear_grad(a, g, use.rows.borders, weight_grad=observation.gradient, reference=reference, sketch=sketch)
-    assert result.norms_sq is not None
+    result = measured(a, g, use.rows.borders, use.rows.pairs, use, reference, sketch)
     use.add_norms_sq(result.norms_sq)
     use.add_product(inputs, outputs)
     use.add_features(result.sketches, result.dots)
     grad = result.weight_grad
     return grad.t() if grad is not None and use.transposed else grad
+
+
+def measured(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    borders: Tensor,
+    pairs: int,
+    use: Use,
+    reference: Tensor | None,
+    sketch: ParameterSketch | None,
+) -> LinearGrad:
+    """What the observation wants of a linear layer, by the operations that take the fewest FLOPs.
+
+    One product, `linear_grad`, where the gradient or a sketch is wanted, or norms and dots together: Gram norms beside
+    `directional_scores` take more at every length that was measured (docs/performance_notes.md). `directional_scores`
+    for dots alone, and for norms alone what `weight_norms_sq` says.
+    """
+    observation = use.forward.observation
+    gradient, norms = observation.gradient, observation.norms
+    if gradient or sketch is not None or (norms and reference is not None):
+        return linear_grad(
+            inputs, grad_outputs, borders, weight_grad=gradient, norms=norms, reference=reference, sketch=sketch
+        )
+    norms_sq = weight_norms_sq(inputs, grad_outputs, borders, pairs) if norms else None
+    dots = None if reference is None else directional_scores(inputs, grad_outputs, borders, reference[None])[:, 0]
+    return LinearGrad(None, norms_sq, dots)
 
 
 def weight_norms_sq(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, pairs: int) -> Tensor:
@@ -126,13 +158,19 @@ def weight_norms_sq(inputs: Tensor, grad_outputs: Tensor, borders: Tensor, pairs
     return norms_sq
 
 
-def sum_rows(rows: Tensor, use: Use | None, inputs: Tensor | None = None) -> Tensor:
-    """The sum over all rows [N, n], or over rows * inputs, once each sample's own is noted: [n], fp32 or wider."""
+def sum_rows(rows: Tensor, use: Use | None, inputs: Tensor | None = None) -> Tensor | None:
+    """The sum over all rows [N, n], or over rows * inputs, once each sample's own is noted: [n], fp32 or wider; None
+    where it is formed later."""
     if use is None or not use.open:
         return (rows if inputs is None else rows * inputs).sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
     shared = use.shared
     grad = vector_grad(rows, use.rows.borders, inputs=inputs, norms=not shared, sample_grads=shared)
     return _noted(grad, use)
+
+
+def laid_out(grad: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A gradient in the shape and dtype of its tensor, if there is one."""
+    return None if grad is None else grad.view(shape).to(dtype)
 
 
 class ObservedEmbedding(torch.autograd.Function):
@@ -156,23 +194,20 @@ class ObservedEmbedding(torch.autograd.Function):
         rows = g.reshape(-1, g.shape[-1])
         # Once the context is left, nothing keeps `.grad` as it was.
         wanted = use.forward.observation.gradient or not use.forward.observation.is_open
-        grad_w = None
-        if wanted or use.open:
-            padding_idx = None if ctx.padding_idx < 0 else ctx.padding_idx
+        norms = use.open and use.forward.observation.norms
+        padding_idx = None if ctx.padding_idx < 0 else ctx.padding_idx
+        ids, height = ids.reshape(-1), ctx.w_shape[0]
+        use.hold(HeldRows(use.rows, ids, rows, height, padding_idx))
+        grad_w = norms_sq = None
+        if wanted or norms:
             grad = embedding_grad(
-                ids.reshape(-1),
-                rows,
-                use.rows.borders,
-                ctx.w_shape[0],
-                padding_idx=padding_idx,
-                weight_grad=wanted,
-                norms=use.open,
+                ids, rows, use.rows.borders, height, padding_idx=padding_idx, weight_grad=wanted, norms=norms
             )
-            grad_w = None if grad.weight_grad is None else grad.weight_grad.to(ctx.w_dtype)
-            if grad.norms_sq is not None:
-                use.add_norms_sq(grad.norms_sq)
-                use.add_cross_term(rows, ctx.padding_idx)
-                _add_row_features(use, ids.reshape(-1), rows, ctx.padding_idx)
+            grad_w, norms_sq = laid_out(grad.weight_grad, ctx.w_shape, ctx.w_dtype), grad.norms_sq
+        if use.open:
+            use.add_norms_sq(norms_sq)
+            use.add_cross_term(rows, ctx.padding_idx)
+            _add_row_features(use, ids, rows, ctx.padding_idx)
         return grad_w, None, None, None, None
 
 
@@ -208,7 +243,7 @@ class ObservedScale(torch.autograd.Function):
         grad_x = (g * w).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         x, g = _of_one_dtype(x, g)
         grad_w = sum_rows(g.reshape(-1, w.numel()), ctx.use, x.reshape(-1, w.numel()))
-        return grad_x, grad_w.view(w.shape).to(w.dtype), None
+        return grad_x, laid_out(grad_w, w.shape, w.dtype), None
 
 
 class ObservedShift(torch.autograd.Function):
@@ -222,7 +257,7 @@ class ObservedShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        grad_w = sum_rows(g.reshape(-1, ctx.w_shape.numel()), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
+        grad_w = laid_out(sum_rows(g.reshape(-1, ctx.w_shape.numel()), ctx.use), ctx.w_shape, ctx.w_dtype)
         return g.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None, grad_w, None
 
 
@@ -240,7 +275,7 @@ class ObservedBroadcast(torch.autograd.Function):
         within = [dim for dim in range(1, g.ndim) if ctx.w_shape[dim] != g.shape[dim]]
         if within:
             g = g.sum(within, keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
-        grad_w = sum_rows(g.reshape(g.shape[0], -1), ctx.use).view(ctx.w_shape).to(ctx.w_dtype)
+        grad_w = laid_out(sum_rows(g.reshape(g.shape[0], -1), ctx.use), ctx.w_shape, ctx.w_dtype)
         return grad_w, None, None
 
 
@@ -289,16 +324,16 @@ class ObservedNorm(torch.autograd.Function):
             sample_grads=any(use.shared for use in measured),
         )
         grad_x = None if grad.input_grad is None else grad.input_grad.view(x.shape).to(x.dtype)
-        grad_w = None if grad.weight is None else _noted(grad.weight, ctx.w_use).view(w.shape).to(w.dtype)
-        grad_b = None if grad.bias is None else _noted(grad.bias, ctx.b_use).view(ctx.shape).to(ctx.b_dtype)
+        grad_w = None if grad.weight is None else laid_out(_noted(grad.weight, ctx.w_use), w.shape, w.dtype)
+        grad_b = None if grad.bias is None else laid_out(_noted(grad.bias, ctx.b_use), ctx.shape, ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None, None
 
 
-def _noted(grad: VectorGrad, use: Use | None) -> Tensor:
-    """The gradient of a vector, once each sample's own is noted."""
+def _noted(grad: VectorGrad, use: Use | None) -> Tensor | None:
+    """The gradient of a vector, once each sample's own is noted; None where it is formed later, of these."""
     if use is not None and use.open:
         use.add_vector(grad)
-    return grad.grad
+    return None if use is not None and use.deferred else grad.grad
 
 
 class no_autocast:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyeff.observation import deferral
 from pyeff.observation.experts import observe_experts
 from pyeff.observation.features import Features, Variant, features_of
 from pyeff.observation.graph import grad_fns, unobserved_uses
@@ -33,6 +35,7 @@ def observe(
     strict: bool = True,
     noise_scale: NoiseScale | None = None,
     gradient: bool = True,
+    defer: bool = False,
     sketch: Sketch | None = None,
     reference: Mapping[str, Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -59,7 +62,7 @@ def observe(
         model: Its forward pass must run inside the context, and so must the backward pass. Activation checkpointing,
             autocast, accumulation and `DistributedDataParallel` work; under the latter, norms are of the rank's samples
             and its own loss.
-        norms: The per-sample norms, which are always there.
+        norms: Offer the per-sample norms. They may be left out where a sketch, a reference or `defer` is asked for.
         by_parameter: Offer squared norms for each parameter.
         strict: Raise `UnobservableError` before the gradient is computed, listing what cannot be observed exactly. If
             False, such parameters are left out of the norms and named in `unobserved`.
@@ -67,6 +70,8 @@ def observe(
         gradient: Compute the gradient too. If False, `.grad` stays as it is: linear layers and convolutions yield their
             norms by `pyeff.gram_norms` where that takes fewer FLOPs than their gradient, and what other layers form is
             freed at once. For scoring.
+        defer: Compute no gradient of a parameter in the backward pass, but what is wanted of the samples, and keep what
+            the gradient takes until `accumulate(keep)` forms it of the samples chosen meanwhile.
         sketch: Offer `sketches` of the samples' gradients, by the names of `model.named_parameters()` (without the
             prefix of DistributedDataParallel).
         reference: Names of parameters and gradients of their shapes: offer the samples' `dots` with them. A parameter
@@ -100,8 +105,9 @@ def observe(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if noise_scale is not None and not isinstance(noise_scale, NoiseScale):
         raise TypeError(f"noise_scale must be a pyeff.NoiseScale or None, got {type(noise_scale).__name__}")
-    if not norms:
-        raise ValueError("norms=False leaves nothing to observe")
+    _check_wanted(norms, by_parameter, noise_scale, sketch is None and reference is None and not defer)
+    if defer:
+        _check_deferred(model, strict, noise_scale, gradient)
     if not gradient:
         if noise_scale is not None:
             raise ValueError("noise_scale needs the gradient: leave gradient=True")
@@ -111,8 +117,35 @@ def observe(
     prefix = "module." if isinstance(model, nn.parallel.DistributedDataParallel) else ""
     features = features_of(named, prefix, sketch, reference, optimizer, variant)
     return GradientObservation(
-        model, by_parameter=by_parameter, strict=strict, noise_scale=noise_scale, gradient=gradient, features=features
+        model,
+        norms=norms,
+        by_parameter=by_parameter,
+        strict=strict,
+        noise_scale=noise_scale,
+        gradient=gradient,
+        defer=defer,
+        features=features,
     )
+
+
+def _check_wanted(norms: bool, by_parameter: bool, noise_scale: NoiseScale | None, alone: bool) -> None:
+    if norms:
+        return
+    if alone:
+        raise ValueError("norms=False leaves nothing to observe")
+    if by_parameter or noise_scale is not None:
+        raise ValueError(f"{'by_parameter' if by_parameter else 'noise_scale'} needs the norms: leave norms=True")
+
+
+def _check_deferred(model: nn.Module, strict: bool, noise_scale: NoiseScale | None, gradient: bool) -> None:
+    if not gradient:
+        raise ValueError("defer=True forms the gradient later and gradient=False never: pass one of them")
+    if not strict:
+        raise ValueError("defer=True needs strict=True: what is not observed has no gradient to be formed later")
+    if noise_scale is not None:
+        raise ValueError("noise_scale needs the gradient of all samples: leave defer=False")
+    if getattr(model, "_comm_hooks", None):
+        raise ValueError("the model has a communication hook, which a deferred gradient would not pass through")
 
 
 class GradientObservation:
@@ -122,15 +155,21 @@ class GradientObservation:
         self,
         model: nn.Module,
         *,
+        norms: bool,
         by_parameter: bool,
         strict: bool,
         noise_scale: NoiseScale | None,
         gradient: bool,
+        defer: bool,
         features: Features | None = None,
     ) -> None:
-        self.model, self._strict, self._smoothed, self.gradient = model, strict, noise_scale, gradient
+        self.model, self._strict, self._smoothed, self.norms, self.defer = model, strict, noise_scale, norms, defer
+        self.gradient = gradient and not defer  # whether the backward pass forms it
         self._by_parameter, self.features = by_parameter, features
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
+        self._by_name: dict[str, nn.Parameter] = {}
+        self._own_hooks: set[int] = set()
+        self._reduces = False
         self.unobserved: dict[str, str] = {}
         """Parameter name -> why its share is missing from the norms (only with `strict=False`)."""
         self._forwards: list[Forward] = []
@@ -151,8 +190,11 @@ class GradientObservation:
         """The norm of each sample's share of the gradient [samples], fp32, in the order the samples came.
 
         Samples of several forward passes (gradient accumulation) follow each other. NaN or infinite gradients give NaN
-        or infinity for their own sample only. Raises `RuntimeError` before the first backward pass.
+        or infinity for their own sample only. Raises `RuntimeError` before the first backward pass, and if
+        `norms=False`.
         """
+        if not self.norms:
+            raise RuntimeError("norms are formed with observe(model, norms=True)")
         sums = [functools.reduce(torch.add, f.result().values(), self._zeros(f)) for f in self._finished()]
         return torch.cat(sums).sqrt().float()
 
@@ -193,9 +235,9 @@ class GradientObservation:
         """Whether gradients are mapped by an optimizer before they are sketched."""
         return self.features is not None and bool(self.features.directions)
 
-    def size_of(self, name: str) -> int:
-        """How many entries a watched parameter has."""
-        return next(p.numel() for n, p in self.parameters.values() if n == name)
+    def parameter(self, name: str) -> nn.Parameter:
+        """The watched parameter of this name."""
+        return self._by_name[name]
 
     @property
     def by_parameter(self) -> dict[str, Tensor]:
@@ -219,7 +261,7 @@ class GradientObservation:
         what that pass left, or for fewer than two samples.
         """
         if not self.gradient:
-            raise RuntimeError("noise_scale needs the gradient: observe(model, gradient=True)")
+            raise RuntimeError("noise_scale needs the gradient: observe(model, gradient=True, defer=False)")
         norms_sq = self.grad_norms.double().square()
         if self._had_gradient:
             raise ValueError(
@@ -260,12 +302,60 @@ class GradientObservation:
         """
         self._segments = cu_seqlens, kept
 
+    # What comes after the backward pass
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that `defer=True` keeps until `accumulate`; of tensors that overlap the whole storage counts, once."""
+        return deferral.held_bytes(self._forwards)
+
+    def accumulate(self, keep: Tensor | Sequence[float] | None = None) -> None:
+        """Form the gradient of the chosen samples and add it to `.grad`; with `observe(..., defer=True)`.
+
+            param.grad += sum over samples s of keep[s] dL / dtheta_s
+
+        The samples are those of all backward passes since the last `accumulate`, in the order of `grad_norms`. The
+        loss is as it was backpropagated: where that was a mean over B samples and k are kept, weights of B / k make it
+        the mean over these. Samples that are not kept are not read, so their NaN and infinity stay with them.
+
+        Inside the context or after it, before the optimizer steps. Hooks of parameters run here and not in the backward
+        pass. Under
+        `DistributedDataParallel` each rank keeps some of its own samples, all ranks must call, and the gradients are
+        averaged over the ranks here (not inside `no_sync`).
+
+        Args:
+            keep: Indices of samples (int, each once), a mask (bool [S]), or a weight for each sample (float [S]); None
+                keeps all.
+
+        Cost: 2 n (numbers of parameters) FLOPs for the n tokens kept, as their part of the backward pass would have
+        taken, a copy of their rows unless all are kept, and of a head by `linear_cross_entropy` its logits again.
+        Memory: a layer's kept rows beside `held_bytes`, which go layer by layer.
+
+        Raises `RuntimeError` without `defer=True` or before a backward pass, `ValueError` or `TypeError` for a bad
+        `keep`: then nothing has changed.
+        """
+        if not self.defer:
+            raise RuntimeError("accumulate forms gradients that observe(model, defer=True) has deferred")
+        pending = [f for f in self._forwards if f.began_backward and not f.accumulated]
+        if not pending:
+            raise RuntimeError("no backward pass has been observed since gradients were last accumulated")
+        weights = deferral.weights_of(keep, sum(f.batch.samples for f in pending))
+        own_hooks, self._state = int(self.is_open), "accumulating" if self.is_open else self._state
+        try:
+            with torch.no_grad():
+                deferral.accumulate(pending, weights, own_hooks)
+                if self._reduces and isinstance(self.model, nn.parallel.DistributedDataParallel):
+                    deferral.average_over_ranks(self.model, self._by_name.values())
+        finally:
+            self._state = "open" if own_hooks else self._state
+
     # The context
 
     def __enter__(self) -> GradientObservation:
         if self._state != "new":
             raise RuntimeError("an observation can be entered once: call observe(model) again")
         self.parameters = {id(p): (n, p) for n, p in self.model.named_parameters() if p.requires_grad}
+        self._by_name = dict(self.parameters.values())
         _refuse_compiled(self.model)
         if not self.parameters:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to observe")
@@ -296,13 +386,20 @@ class GradientObservation:
         before = self.model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True)
         self._undo.append(before.remove)
         self._undo.append(self.model.register_forward_hook(_Hook(self._after_forward), always_call=True).remove)
-        if not self.gradient:
+        if self.defer and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            # As in no_sync: the backward pass leaves nothing to reduce.
+            self._reduces = bool(self.model.require_backward_grad_sync)
+            self._undo.append(functools.partial(setattr, self.model, "require_backward_grad_sync", self._reduces))
+            self.model.require_backward_grad_sync = False
+        elif not self.gradient and not self.defer:
             for _, parameter in self.parameters.values():
                 self._undo.append(functools.partial(setattr, parameter, "grad", parameter.grad))
                 parameter.grad = None
                 self._undo.append(parameter.register_post_accumulate_grad_hook(_free).remove)
         for name, parameter in self.parameters.values():
-            self._undo.append(parameter.register_hook(functools.partial(self._on_gradient, name, [0])).remove)
+            handle = parameter.register_hook(functools.partial(self._on_gradient, name, [0]))
+            self._own_hooks.add(handle.id)
+            self._undo.append(handle.remove)
         self._undo += observe_experts(self)
         self.mode = Interception(self)
         self.mode.__enter__()
@@ -376,6 +473,21 @@ class GradientObservation:
             self.refuse(name, reason)
         self.raise_if_refused()
 
+    @contextlib.contextmanager
+    def hooks_waiting(self) -> Iterator[None]:
+        """A backward pass that leaves gradients for later: hooks of parameters would be called without one."""
+        waiting: list[tuple[dict[int, Any], int, Any]] = []
+        for _, parameter in self.parameters.values() if self.defer else ():
+            for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                hooks: dict[int, Any] = getattr(parameter, kind, None) or {}
+                for key in [key for key in hooks if key not in self._own_hooks]:
+                    waiting.append((hooks, key, hooks.pop(key)))
+        try:
+            yield
+        finally:
+            for hooks, key, hook in waiting:
+                hooks[key] = hook
+
     def after_backward(self) -> None:
         """Note what a backward pass has left in `.grad`."""
         for name, parameter in self.parameters.values():
@@ -389,6 +501,8 @@ class GradientObservation:
                 self._settled = index + 1
 
     def _on_gradient(self, name: str, known: list[int], gradient: Tensor) -> None:
+        if self._state == "accumulating":
+            return
         # A gradient has come. Did an observed layer note anything about it?
         count = self._contributions.get(name, 0)
         if count == known[0]:
@@ -425,8 +539,7 @@ class GradientObservation:
         return forwards
 
     def _zeros(self, forward: Forward) -> Tensor:
-        device = next((t.device for t in forward.result().values()), torch.device("cpu"))
-        return torch.zeros(forward.batch.samples, device=device)
+        return torch.zeros(forward.batch.samples, device=forward.device)
 
 
 # Those that are active, in any thread.

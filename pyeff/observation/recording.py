@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from pyeff.observation.deferral import Held, HeldSamples, Selection
 from pyeff.observation.rows import Batch, Rows
 from pyeff.ops import VectorGrad
 
@@ -44,16 +45,39 @@ class Use:
         observation = self.forward.observation
         return observation.is_open and self.name not in observation.unobserved
 
-    def add_norms_sq(self, norms_sq: Tensor) -> None:
-        """Note the squared norms [S] of the gradient of what the layer was given."""
+    @property
+    def deferred(self) -> bool:
+        """Whether the gradient is to be formed later: the layer leaves what that takes by `hold`, and returns None."""
+        return self.open and self.forward.observation.defer
+
+    def add_norms_sq(self, norms_sq: Tensor | None) -> None:
+        """Note the squared norms [S] of the gradient of what the layer was given, if they are wanted."""
         self._begin()
-        self.forward.add(self.name, norms_sq * self.scale**2)
+        if norms_sq is not None:
+            self.forward.add(self.name, norms_sq * self.scale**2)
+
+    def hold(self, held: Held) -> None:
+        """Keep what the gradient of the tensor that the layer was given takes, if it is `deferred`."""
+        if self.deferred:
+            self.forward.held.setdefault(self.name, []).append((self, held))
+
+    def of_parameter(self, gradient: Tensor) -> Tensor:
+        """The parameter's gradient [...] from that of the tensor that the layer was given."""
+        observation = self.forward.observation
+        parameter = observation.parameter(self.name)
+        if self.transposed:
+            gradient = gradient.reshape(parameter.t().shape).t()
+        if gradient.numel() != parameter.numel():
+            raise AssertionError(f"a part of {self.name} was deferred")
+        gradient = gradient.reshape(parameter.shape)
+        return gradient if self.scale == 1.0 else gradient * self.scale
 
     @property
     def shared(self) -> bool:
         """Whether a vector's gradients are kept: the forward pass uses it elsewhere too, so that they add up before
         they are squared, or they are wanted for more than their norm."""
-        if self.kind == "vector" and self.forward.observation.features is not None:
+        observation = self.forward.observation
+        if self.kind == "vector" and (observation.features is not None or observation.defer):
             return True
         return any(use is not self for use in self.forward.uses.get(self.name, ()))
 
@@ -68,8 +92,13 @@ class Use:
         assert grad.sample_grads is not None
         gradients = grad.sample_grads * self.scale
         observation = self.forward.observation
-        if observation.features is not None and gradients.shape[1] != observation.size_of(self.name):
-            observation.refuse(self.name, "a part of it is used, which is not sketched", now=True)
+        whole = observation.parameter(self.name)
+        if (observation.features is not None or observation.defer) and gradients.shape[1] != whole.numel():
+            observation.refuse(self.name, "a part of it is used, which is neither sketched nor deferred", now=True)
+        if (
+            self.transposed and whole.ndim == 2 and gradients.shape[1] == whole.numel()
+        ):  # entries in the parameter's own order
+            gradients = gradients.unflatten(1, whole.t().shape).mT.flatten(1)
         partial = self.forward.partials.get(self.name)
         self.forward.partials[self.name] = gradients if partial is None else partial + gradients
 
@@ -87,6 +116,7 @@ class Use:
         if self.done:
             self.forward.observation.refuse(self.name, "the gradient of one forward pass was computed twice", now=True)
         self.done = True
+        self.forward.device = self.rows.borders.device
         self.forward.contributed(self.name)
         if self not in self.forward.uses.setdefault(self.name, []):
             # A re-entrant checkpoint of an unknown make, which ran the forward pass anew inside the backward pass.
@@ -106,7 +136,7 @@ class Use:
     def add_columns(self, inputs: Tensor, columns: Callable[[slice, Tensor], Tensor]) -> None:
         """`add_product`, where `columns(rows, ids)` are the outputs of some rows for the classes `ids`: [T, C]."""
         embedding = self.forward.partner(self)
-        if embedding is None:
+        if embedding is None or not self.forward.observation.norms:
             return
         if embedding.done or embedding.ids is None:
             self.forward.observation.refuse(self.name, "its embedding's gradient came before its head's", now=True)
@@ -142,6 +172,9 @@ class Forward:
         self.uses: dict[str, list[Use]] = {}
         self.partials: dict[str, Tensor] = {}
         self.norms_sq: dict[str, Tensor] = {}
+        self.held: dict[str, list[tuple[Use, Held]]] = {}
+        self.accumulated = False
+        self.device = torch.device("cpu")
         self._sketches: Tensor | None = None
         self._dots: Tensor | None = None
         self.began_backward = False
@@ -199,6 +232,22 @@ class Forward:
                     if of_dots is not None:
                         dots = of_dots if dots is None else dots + of_dots.to(dots.device)
         return sketches, dots
+
+    def held_tensors(self) -> Iterator[tuple[str, Iterable[Tensor]]]:
+        """What is kept for each parameter whose gradient is yet to be formed, in the order it came."""
+        for name, uses in self.held.items():
+            yield name, [t for _, held in uses for t in held.tensors()]
+        if self.observation.defer and not self.accumulated:
+            for name, grads in self.partials.items():
+                yield name, (grads,)
+
+    def take_held(self, name: str, selection: Selection) -> list[Tensor]:
+        """The selected samples' gradients of a parameter, one for each use; what was kept for them goes."""
+        found = [use.of_parameter(held.gradient(selection)) for use, held in self.held.pop(name, ())]
+        if name in self.partials:
+            grads = self.partials[name]
+            found.append(HeldSamples(grads).gradient(selection).view(self.observation.parameter(name).shape))
+        return found
 
     def result(self) -> dict[str, Tensor]:
         """The squared norms [S] by parameter; rounding in a cross term cannot make them negative."""
