@@ -11,7 +11,7 @@ from pyeff.governor import Action
 from .baselines import FixedInterval, Placebo, Static
 from .policies import CONTINUE, Base, Move, Policy, Setup, View
 from .roster import GOVERNOR, UNIFORM, roster
-from .t1_engine import CONTROLS, Cell
+from .t1_state import CONTROLS, Cell
 
 Make = Callable[[Setup], Policy]
 

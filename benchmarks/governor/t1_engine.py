@@ -11,17 +11,18 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyeff.governor import FIELDS, Action, Advantage, advantage, is_control_batch
+from pyeff.governor import Action, advantage, is_control_batch
 
 from .metrics import Promised, Run
 from .policies import MIXTURE, POOL, RANDOM, Forecast, Move, Policy, Setup, View, cooldown_end, lr_factor
+from .t1_state import Branch, Cell, Root, State
 from .tasks.task import SPANS, Data, Task, stream
 from .tasks.training import Weights
 
@@ -30,87 +31,9 @@ _FEWEST_BATCHES, _FEWEST_TARGETS = 4, 6
 _CONTROL_SHARE = 0.01
 # States kept: four vectors each. A state that was dropped is trained again from its parent.
 _KEPT = 96
-CONTROLS = ("one-kind", "shuffled", "tenfold", "plateau")
 # The fake plateau: shares of the budget between which the anchors are shown as they were at its beginning.
 PLATEAU = (0.3, 0.5)
 _TINY = 1e-9
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is run: everything but the policy.
-
-    Args:
-        task: its name. mode: memory mode. budget: index of the budget. seed: of the run.
-        control: "" or a negative control, one of ``CONTROLS``.
-    """
-
-    task: str
-    mode: str
-    budget: int
-    seed: int
-    control: str = ""
-
-    @property
-    def label(self) -> str:
-        """The task's name in tables."""
-        return "-".join(part for part in (self.task, self.control, "" if self.mode == "full" else self.mode) if part)
-
-
-@dataclass
-class _Branch:
-    weights: Weights
-    using: str | None = None
-    chosen: Tensor | None = None
-    mixture: tuple[float, ...] | None = None
-    drawn: int = 0
-    control: float = 0.0
-    direction: tuple[Tensor, ...] | None = None
-    gains: tuple[tuple[bool, float, float], ...] = ()
-    scored_at: float | None = None
-    owned: float = 0.0
-
-
-@dataclass
-class State:
-    """A run at a check. Spending is exact; ``seen`` and ``counts`` are of the interval before the check."""
-
-    branches: dict[int, _Branch]
-    branch: int = 0
-    flops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIELDS, 0))
-    steps: int = 0
-    next_check: float = 0.0
-    cooling: float | None = None
-    end: float = 0.0
-    refreshes: int = 0
-    last: float = 0.0
-    finite: bool = True
-    losses: Tensor | None = None
-    counts: Tensor | None = None
-    reading: Advantage | None = None
-    frozen: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    done: bool = False
-
-    @property
-    def spent(self) -> float:
-        return float(sum(self.flops.values()))
-
-    def copy(self) -> State:
-        """A state to train on: the branch in turn is its own, the others are shared and never written."""
-        branches = dict(self.branches)
-        branches[self.branch] = replace(branches[self.branch], weights=branches[self.branch].weights.clone())
-        return replace(self, branches=branches, flops=dict(self.flops), frozen=dict(self.frozen))
-
-
-@dataclass(frozen=True)
-class _Root:
-    """What of a policy shapes a run beside its moves."""
-
-    schedule: str
-    data: str
-    evaluations: int
-    check_every: float
-    cooldown: float
 
 
 class Engine:
@@ -127,7 +50,8 @@ class Engine:
         self.network = task.network(cell.seed)
         self.start = self.network.flat()
         self.step_flops = task.batch * task.train_flops
-        self.budget = float(round(task.smallest_steps * SPANS[cell.budget]) * self.step_flops)
+        # The same FLOPs in every memory mode.
+        self.budget = float(round(task.smallest_steps * SPANS[cell.budget]) * task.batch * task.full_train_flops)
         self.rate = task.rates[task.mode]
         self.anchors = self.data.anchors[: task.anchors[cell.budget]]
         self.eval_flops = task.forward_flops * len(self.anchors)
@@ -160,7 +84,7 @@ class Engine:
         """Let a policy spend the budget; returns the cell and every decision's record."""
         policy = make(self.setup())
         costs: Mapping[str, float] = getattr(policy, "charges", None) or self.setup().selectors
-        root = _Root(
+        root = Root(
             policy.schedule,
             policy.data,
             len(policy.needs & {"anchors", "raw"}),
@@ -257,7 +181,7 @@ class Engine:
             self._states.move_to_end(path)
             return self._states[path]
         if len(path) == 2:
-            before = State({0: _Branch(Weights.fresh(self.start))}, end=self.budget)
+            before = State({0: Branch(Weights.fresh(self.start))}, end=self.budget)
             before.next_check = path[0].check_every * self.budget
         else:
             before = self.state(path[:-1])
@@ -292,7 +216,7 @@ class Engine:
 
     def _advance(self, state: State, path: tuple[Any, ...]) -> State:
         """Carry the path's last move out and train until the next check, or the end."""
-        root: _Root = path[0]
+        root: Root = path[0]
         self._apply(state, path)
         state.losses, state.counts = torch.zeros(len(self.data.sources)), torch.zeros(len(self.data.sources))
         branch = state.branches[state.branch]
@@ -316,7 +240,7 @@ class Engine:
             self._measure(state, root, branch)
         return state
 
-    def _train_step(self, state: State, branch: _Branch, root: _Root, averaging: float) -> None:
+    def _train_step(self, state: State, branch: Branch, root: Root, averaging: float) -> None:
         samples, is_control = self._batch(state, branch, root)
         middle = state.spent + self.step_flops / 2
         factor = lr_factor(root.schedule, middle, self.budget, cooldown_start=state.cooling, end=state.end)
@@ -337,7 +261,7 @@ class Engine:
     def _samples(self, index: Tensor) -> Any:
         return self.data.pool[index]
 
-    def _batch(self, state: State, branch: _Branch, root: _Root) -> tuple[Tensor, bool]:
+    def _batch(self, state: State, branch: Branch, root: Root) -> tuple[Tensor, bool]:
         """The samples of the next step: common random numbers for all policies, by the step's number."""
         if state.steps >= len(self._draws):
             more = self._uniforms.random((max(len(self._draws), 256), 2 * self.task.batch))
@@ -372,7 +296,7 @@ class Engine:
         else:
             action, argument, weights, number = move[:4]
         if number not in state.branches:
-            state.branches[number] = _Branch(Weights.fresh(self.start))
+            state.branches[number] = Branch(Weights.fresh(self.start))
         if number != state.branch:
             state.branches[number] = replace(state.branches[number], weights=state.branches[number].weights.clone())
             state.branch = number
@@ -394,7 +318,7 @@ class Engine:
         elif action != "CONTINUE":
             raise ValueError(f"a run knows no {action}({argument})")
 
-    def _scores(self, path: tuple[Any, ...], branch: _Branch, selector: str) -> Tensor:
+    def _scores(self, path: tuple[Any, ...], branch: Branch, selector: str) -> Tensor:
         """Scores at the state before the path's last move; policies that score there pay each for themselves."""
         key = (path[:-1], path[-1][3], selector)
         if key not in self._scored:
@@ -402,7 +326,7 @@ class Engine:
         return self._scored[key]
 
     def _refresh(
-        self, state: State, branch: _Branch, selector: str, *, control: float, charge: float, path: tuple[Any, ...]
+        self, state: State, branch: Branch, selector: str, *, control: float, charge: float, path: tuple[Any, ...]
     ) -> None:
         scores = self._scores(path, branch, selector)
         if self.cell.control == "shuffled":
@@ -424,7 +348,7 @@ class Engine:
             branch.control = control
             self._look_at_target(state, branch, affordable)
 
-    def _look_at_target(self, state: State, branch: _Branch, samples: int) -> None:
+    def _look_at_target(self, state: State, branch: Branch, samples: int) -> None:
         target = self.data.target[:samples]
         with self.network.at(branch.weights.average) as module:
             found = self.task.mean_gradient(module, target)
@@ -432,7 +356,7 @@ class Engine:
         state.flops["probe"] += self.task.train_flops * len(target)
         branch.owned += self.task.train_flops * len(target)
 
-    def _measure(self, state: State, root: _Root, branch: _Branch) -> None:
+    def _measure(self, state: State, root: Root, branch: Branch) -> None:
         """What a check evaluates, and is charged."""
         state.flops["eval"] += self.eval_flops * root.evaluations
         branch.owned += self.eval_flops * root.evaluations

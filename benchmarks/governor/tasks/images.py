@@ -58,7 +58,7 @@ class Images(Task):
         super().__init__(mode, cache)
         self.forward_flops = 2 * sum(a * b for a, b in itertools.pairwise(WIDTHS))
         # Nothing below the first layer needs a gradient.
-        self.train_flops = 3 * self.forward_flops - 2 * WIDTHS[0] * WIDTHS[1]
+        self.full_train_flops = self.train_flops = 3 * self.forward_flops - 2 * WIDTHS[0] * WIDTHS[1]
 
     def data(self, seed: int, control: str) -> Data:
         rng = np.random.default_rng(stream(self.name, "data", seed))

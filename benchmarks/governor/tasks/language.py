@@ -109,6 +109,7 @@ class Language(Task):
             else SHAPE.train_cost(trainable="lora", lora_rank=8, lora_targets=ADAPTED)
         )
         self.train_flops = cost(LENGTH - 1, self.pairs, LENGTH - 1)
+        self.full_train_flops = SHAPE.train_cost()(LENGTH - 1, self.pairs, LENGTH - 1)
         self.forward_flops = SHAPE.forward(LENGTH - 1, attention_pairs=self.pairs)
 
     def data(self, seed: int, control: str) -> Data:

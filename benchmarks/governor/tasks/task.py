@@ -57,7 +57,7 @@ class Task(ABC):
         rates: peak learning rate of each mode; ``weight_decay``.
         smallest_steps: what the smallest budget buys on the pool with nothing else.
         anchors: samples evaluated at a check, by budget.
-        train_flops, forward_flops: of one sample.
+        train_flops, forward_flops: of one sample. full_train_flops: with everything trained, the unit of budgets.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Task(ABC):
     anchors: tuple[int, ...]
     target: int
     train_flops: int
+    full_train_flops: int
     forward_flops: int
 
     def __init__(self, mode: str, cache: Path) -> None:
