@@ -174,6 +174,10 @@ def plan(
         str, typer.Option(help="Steps inside the backward: none, one-pass, or two-pass with exact clipping.")
     ] = "none",
     checkpointing: Annotated[str, typer.Option(help="none, layer or attention.")] = "none",
+    compress: Annotated[str | None, typer.Option(help="Inputs that checkpoints keep in fp8 or int8.")] = None,
+    offload_activations: Annotated[
+        bool, typer.Option("--offload-activations", help="What checkpoints keep in a GPU's host memory.")
+    ] = False,
     head: Annotated[str, typer.Option(help="logits, or fused: without them in memory.")] = "logits",
     lora_rank: Annotated[int, typer.Option(help="Train adapters of this rank; 0 trains everything.")] = 0,
     lora_targets: Annotated[str, typer.Option(help="Modules with an adapter, or all-linear.")] = "q_proj,v_proj",
@@ -204,6 +208,8 @@ def plan(
             offload=offload,
             release=release,  # type: ignore[arg-type]
             checkpointing=checkpointing,  # type: ignore[arg-type]
+            compress=compress,  # type: ignore[arg-type]
+            offload_activations=offload_activations,
             head=head,  # type: ignore[arg-type]
             lora_rank=lora_rank,
             lora_targets=[name.strip() for name in lora_targets.split(",")],

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DType = Literal["float32", "bfloat16"]
 Release = Literal["none", "one-pass", "two-pass"]
+Compress = Literal["fp8", "int8"]
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # The workspace that the GPU's matrix library takes from torch's allocator (on Hopper; less before).
 _LIBRARY_BYTES = {"cuda": 32 * 2**20, "cpu": 0}
@@ -52,6 +53,8 @@ class Settings:
     offload: bool = False
     release: Release = "none"
     checkpointing: Checkpointing = "none"
+    compress: Compress | None = None
+    offload_activations: bool = False
     head: Head = "logits"
     packed: bool = False
     lora_rank: int = 0
@@ -88,6 +91,13 @@ class Settings:
             raise ValueError(
                 f"release must be none where gradients are accumulated, which keeps them all, got {self.release!r} "
                 f"with accumulation {self.accumulation}"
+            )
+        if self.compress not in (None, *get_args(Compress)):
+            raise ValueError(f"compress must be None, fp8 or int8, got {self.compress!r}")
+        if self.checkpointing == "none" and (self.compress is not None or self.offload_activations):
+            raise ValueError(
+                "compress and offload_activations say how checkpoints hold what they keep: take checkpointing layer or "
+                "attention"
             )
         if self.packed and self.batch != 1:
             raise ValueError(f"batch must be 1 for packed samples (seq_len counts their tokens), got {self.batch}")
@@ -256,6 +266,8 @@ def plan(
     offload: bool = False,
     release: Release = "none",
     checkpointing: Checkpointing = "none",
+    compress: Compress | None = None,
+    offload_activations: bool = False,
     head: Head = "logits",
     head_tokens: int | None = None,
     lora_rank: int = 0,
@@ -286,6 +298,8 @@ def plan(
             clips exactly and runs everything twice. Both are for pyeff's optimizers.
         checkpointing: "none"; "layer", torch.utils.checkpoint around each decoder layer; "attention",
             `pyeff.checkpoint`, which keeps attention's output and log-sum-exps instead of computing them again.
+        compress, offload_activations: `compress` and `offload` of `pyeff.checkpoint`: layers' inputs in a byte an
+            element, "fp8" or "int8"; what is kept in host memory, which changes nothing on a CPU.
         head: "logits" as transformers' loss, "fused" without logits in memory. head_tokens: positions with a loss.
         lora_rank, lora_targets, lora_dropout: train adapters of modules with these names; 0 trains everything.
         device: "cuda" or "cpu": their attention kernels and masks of dropout differ.
@@ -319,6 +333,8 @@ def plan(
         offload=offload,
         release=release,
         checkpointing=checkpointing,
+        compress=compress,
+        offload_activations=offload_activations,
         head=head,
         packed=packed,
         lora_rank=lora_rank,
@@ -496,6 +512,8 @@ class Planner:
                 trained=adapters is None,
                 adapters=adapters,
                 checkpointing=settings.checkpointing,
+                compress=settings.compress is not None,
+                offload=settings.offload_activations,
                 head=settings.head,
                 # peft and transformers do so together whenever transformers checkpoints layers.
                 input_gradients=adapters is not None and settings.checkpointing == "layer",
@@ -618,6 +636,8 @@ class Planner:
             more["accumulation"] = settings.accumulation * settings.batch // changes["batch"]
             if settings.head_tokens is not None:
                 more["head_tokens"] = -(-settings.head_tokens * changes["batch"] // settings.batch)
+        if changes.get("checkpointing") == "none":
+            more |= {"compress": None, "offload_activations": False}
         wanted = {
             **{name: getattr(settings, name) for name in ("optimizer", "offload", "release", "accumulation")},
             **more,
@@ -715,6 +735,10 @@ def trace_model(source: Source, settings: Settings) -> Any:
         raise UserError(f"adapters cannot be placed by the planner in {source.name}: give the model with its adapters")
     if settings.checkpointing == "attention":
         raise UserError(f"checkpointing attention cannot be planned for {source.name}: its layers are traced")
+    if settings.compress is not None or settings.offload_activations:
+        raise UserError(
+            f"compressed or offloaded activations cannot be planned for {source.name}: its layers are traced"
+        )
     if settings.release != "none":
         raise UserError(f"release {settings.release} cannot be planned for {source.name}: its layers are traced")
     try:

@@ -10,7 +10,7 @@ a checkpointed segment keeps its inputs and runs again when its turn comes. Noth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -60,17 +60,25 @@ class Op:
 
 @dataclass(eq=False)
 class Segment:
-    """Consecutive nodes; a checkpointed one keeps `inputs`, and with `keep` the outputs its nodes offer to keep."""
+    """Consecutive nodes; a checkpointed one keeps `inputs`, and with `keep` the outputs its nodes offer to keep.
+
+    `compressed` says which of `inputs` are kept as something smaller, made before the nodes run and expanded before
+    they run again. With `offload` all that is kept leaves the device while the next segment runs, and comes back while
+    the one after it runs again.
+    """
 
     ops: list[Op] = field(default_factory=list)
     checkpoint: bool = False
     inputs: tuple[Buffer, ...] = ()
     keep: bool = False
+    compressed: dict[Buffer, Buffer] = field(default_factory=dict)
+    offload: bool = False
 
     def kept(self) -> list[Buffer]:
         """What a checkpointed segment holds between its forward and its backward."""
+        inputs = [self.compressed.get(b, b) for b in self.inputs]
         outputs = [b for op in self.ops for b in op.keep] if self.keep else []
-        return [b.storage for b in (*self.inputs, *outputs)]
+        return [b.storage for b in (*inputs, *outputs)]
 
 
 class Tape:
@@ -81,10 +89,27 @@ class Tape:
         self.layer = "model"
         self.leaves: list[Buffer] = []  # made by an operation, but held by autograd as something to give a gradient to
 
-    def begin(self, layer: str, *, checkpoint: bool = False, inputs: Sequence[Buffer] = (), keep: bool = False) -> None:
+    def begin(
+        self,
+        layer: str,
+        *,
+        checkpoint: bool = False,
+        inputs: Sequence[Buffer] = (),
+        keep: bool = False,
+        compressed: Mapping[Buffer, Buffer] | None = None,
+        offload: bool = False,
+    ) -> None:
         """What follows belongs to `layer`."""
         self.layer = layer
-        self.segments.append(Segment(checkpoint=checkpoint, inputs=tuple(inputs), keep=keep))
+        self.segments.append(
+            Segment(
+                checkpoint=checkpoint,
+                inputs=tuple(inputs),
+                keep=keep,
+                compressed=dict(compressed or {}),
+                offload=offload,
+            )
+        )
 
     def op(
         self,
@@ -208,6 +233,7 @@ class _Player:
         self.fullest: dict[str, Moment] = {}
         self.incoming: dict[Buffer, _Gradient] = {}
         self.parameters: dict[str, int] = {}
+        self.returned: list[Segment] = []
         self.released = gradients_released
         self.uses = Counter(name for op in self.ops for name, _ in op.parameters)
         if gradients_held:
@@ -226,18 +252,25 @@ class _Player:
             self.holds[b.storage] += 1
         saved: dict[Buffer, Saved] = {}
         last = _last_use(self.ops)
+        leaving: list[Buffer] = []
         for segment in self.segments:
             if segment.checkpoint:
+                for small in segment.compressed.values():
+                    self._allocate(small)
                 for storage in segment.kept():
-                    saved.setdefault(storage, Saved(segment.ops[0].layer, storage.name, storage.nbytes))
+                    if not segment.offload:
+                        saved.setdefault(storage, Saved(segment.ops[0].layer, storage.name, storage.nbytes))
                     self.holds[storage] += 1
             for op in segment.ops:
                 self._forward(op, last, save=not segment.checkpoint)
                 if not segment.checkpoint:
                     for b in op.saved:
                         saved.setdefault(b.storage, Saved(op.layer, b.storage.name, b.storage.nbytes))
+            self._leave_device(leaving)
+            leaving = segment.kept() if segment.offload else []
+        self._leave_device(leaving)
         end = self._moment("forward end")
-        for segment in reversed(self.segments):
+        for i, segment in reversed(list(enumerate(self.segments))):
             self.phase = "head backward" if segment.ops[0].layer == self.head else "backward"
             done = segment.ops
             if segment.checkpoint:
@@ -247,8 +280,17 @@ class _Player:
                     self._backward(op)
                 done = segment.ops[:needed]
                 last = _last_use(segment.ops)
+                for moved in self.segments[max(0, i - 1) : i + 1]:
+                    if moved.offload:
+                        self._return(moved)
+                # The function that runs again names its inputs until it ends.
+                for b in segment.compressed:
+                    self._allocate(b.storage)
+                    self.holds[b.storage] += 1
                 for op in done:
                     self._forward(op, last, save=True, last_saver=op is done[-1])
+                for b in segment.compressed:
+                    self._release(b.storage)
                 # What the nodes left out would have read lives until the recomputation is broken off.
                 for storage in {b.storage for op in done for b in op.outputs}:
                     if self.holds[storage] == 0:
@@ -341,6 +383,17 @@ class _Player:
         self.holds[storage] -= 1
         if self.holds[storage] == 0:
             self._free(storage)
+
+    def _leave_device(self, storages: Iterable[Buffer]) -> None:
+        for storage in storages:
+            self._release(storage)
+
+    def _return(self, segment: Segment) -> None:
+        if segment not in self.returned:
+            self.returned.append(segment)
+            for storage in segment.kept():
+                self._allocate(storage)
+                self.holds[storage] += 1
 
     def _moment(self, phase: str, workspace: int = 0) -> Moment:
         return Moment(phase, self.activations, self.gradients, self.working + workspace)

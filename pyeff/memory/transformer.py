@@ -29,6 +29,7 @@ Checkpointing = Literal["none", "layer", "attention"]
 Head = Literal["logits", "fused"]
 
 _FP32 = 4
+_BLOCK = 128  # as `pyeff.memory.stored`, which needs torch
 _BOOL = 1
 # `linear_cross_entropy` forms the gradients by the logits a panel of classes at a time.
 _PANEL_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}
@@ -59,6 +60,8 @@ def record_step(
     embedding_trained: bool = True,
     adapters: Adapters | None = None,
     checkpointing: Checkpointing = "none",
+    compress: bool = False,
+    offload: bool = False,
     head: Head = "logits",
     training: bool = True,
     input_gradients: bool = False,
@@ -66,13 +69,15 @@ def record_step(
     """Write down one micro-batch's forward pass.
 
     itemsize: bytes of a weight and of an activation (4 or 2). device: "cuda" or "cpu", which take different attention
-    kernels. trained: the weights are; False with `adapters`. head: "logits" holds them all as transformers' loss
-    does, "fused" computes loss and gradients in blocks. training: dropout is on. input_gradients: the embedding's
-    output requires a gradient although nothing in it is trained, as under `enable_input_require_grads`.
+    kernels. trained: the weights are; False with `adapters`. compress, offload: what checkpoints keep is held as
+    `pyeff.checkpoint` holds it then, inputs in a byte an element and everything in host memory. head: "logits" holds
+    them all as transformers' loss does, "fused" computes loss and gradients in blocks. training: dropout is on.
+    input_gradients: the embedding's output requires a gradient although nothing in it is trained, as under
+    `enable_input_require_grads`.
     """
     return _Recorder(
         architecture, work, itemsize, device, trained, embedding_trained, adapters, training, input_gradients
-    ).record(checkpointing, head)
+    ).record(checkpointing, compress, offload, head)
 
 
 class _Recorder:
@@ -101,7 +106,7 @@ class _Recorder:
 
     # ---- the model
 
-    def record(self, checkpointing: Checkpointing, head: Head) -> Tape:
+    def record(self, checkpointing: Checkpointing, compress: bool, offload: bool, head: Head) -> Tape:
         m, tape = self.m, self.tape
         if checkpointing == "attention":
             # `pyeff.checkpoint` brings its own attention, which takes samples' borders in place of a mask.
@@ -115,6 +120,8 @@ class _Recorder:
                 checkpoint=checkpointing != "none",
                 inputs=kept,
                 keep=checkpointing == "attention",
+                compressed={x: _compressed(x, self.s)} if compress and x.grad else None,
+                offload=offload and self.device == "cuda",
             )
             x = self._llama_layer(x) if m.family == "llama" else self._gpt2_layer(x)
         tape.begin("head")
@@ -416,6 +423,12 @@ class _Recorder:
         """A copy in another layout or type."""
         y = Buffer(name, nbytes)
         return self.tape.op("copy", [x], [y], keep=[y] if keep else ())
+
+
+def _compressed(x: Buffer, itemsize: int) -> Buffer:
+    """A byte an element, and a scale in fp32 for every block."""
+    blocks = -(-x.nbytes // (itemsize * _BLOCK))
+    return Buffer("compressed input", blocks * (_BLOCK + _FP32))
 
 
 def _where(x: Buffer, condition: bool) -> list[Buffer]:

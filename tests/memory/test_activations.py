@@ -170,6 +170,43 @@ def test_keeping_attention_adds_its_output_and_log_sum_exps_and_no_more():
     assert attention.flops < layer.flops
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", ["layer", "attention"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_compressed_inputs(family: str, checkpointing: Any, dtype: str):
+    changes = {"attn_pdrop": 0.0} if family == "gpt2" else {}
+    config, batch, tokens = config_of(family, **changes), 3, 128
+    model = model_of(config, dtype)
+    keep: Any = "attention" if checkpointing == "attention" else "nothing"
+    with pyeff.checkpoint(model, keep=keep, compress="fp8"):
+        measured = measure_step(model, **step_inputs(batch, tokens))
+    options: Any = {"seq_len": tokens, "batch": batch, "dtype": dtype, "device": "cpu", "checkpointing": checkpointing}
+    whole, found = (plan(config, compress=compress, **options) for compress in (None, "fp8"))
+    itemsize = 4 if dtype == "float32" else 2
+    elements = batch * tokens * config.hidden_size
+    layers = config.num_hidden_layers
+    less = sum(nbytes for _, _, nbytes in whole.saved) - sum(nbytes for _, _, nbytes in found.saved)
+    assert less == layers * (itemsize * elements - (1 + 4 / 128) * elements)
+    step = found.phases[-1]
+    beside = step.parameters + step.states + step.other
+    assert max(phase.total for phase in found.phases[:-1]) - beside == pytest.approx(measured.peak, rel=WITHIN)
+
+
+def test_offloaded_tensors_are_on_the_gpu_for_two_layers_at_most():
+    config = config_of("llama", num_hidden_layers=6)
+    options: Any = {"seq_len": 512, "batch": 4, "dtype": "bfloat16", "checkpointing": "attention", "head": "fused"}
+    held, away = (plan(config, offload_activations=offload, **options) for offload in (False, True))
+    n, h, heads = 4 * 512, config.hidden_size, config.num_attention_heads
+    layer = 4 * n * h + 4 * n * heads
+    assert held.phases[1].activations - away.phases[1].activations == 6 * layer
+    assert not any(name == "attention output" for _, name, _ in away.saved)
+    backward = next(phase for phase in away.phases if phase.name == "backward")
+    assert backward.activations >= 2 * layer
+    assert away.peak.total < held.peak.total
+    on_cpu = [plan(config, offload_activations=offload, device="cpu", **options) for offload in (False, True)]
+    assert on_cpu[0].peak == on_cpu[1].peak
+
+
 def test_accumulated_gradients_are_held_throughout():
     config = config_of("llama")
     once, twice = (plan(config, seq_len=64, batch=2, accumulation=count, device="cpu") for count in (1, 2))
