@@ -32,7 +32,7 @@ class GovernorConfig:
             narrow it.
         response_checks: checks over which a refresh is judged. Two: the first after a switch still sees
             averaged weights from before it.
-        min_dwell: checks between two refreshes, so that one is judged before the next is bought.
+        min_dwell: checks between two refreshes, so that one is judged (``response_checks``) before the next is bought.
         overfit_checks: m, successive checks with the whole confidence interval of the gain below zero that
             end the run early. Three at 95 %: by sampling error alone once in 64 000.
         deadband: the expected return must exceed the cost by this share; 10 % keeps rounding-size advantages
@@ -65,7 +65,7 @@ class GovernorConfig:
     slowing: float = 0.5
     slowing_sd: float = 0.5
     response_checks: int = 2
-    min_dwell: int = 3
+    min_dwell: int = 2
     overfit_checks: int = 3
     deadband: float = 0.1
     confidence: float = 0.95

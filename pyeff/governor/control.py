@@ -93,6 +93,30 @@ def advantage(selected: Sequence[float], control: Sequence[float], *, age: float
     return Advantage(age, ratio, max(error, 1e-9))
 
 
+def recent_advantage(points: Sequence[Advantage], *, within: float, count: int = 3) -> tuple[float, float] | None:
+    """Return the mean ratio of the last readings, weighted by their precision, and its standard error.
+
+    Unlike :func:`estimate_fading` it assumes no shape, so it can show an advantage that has turned into harm.
+
+    Args:
+        points: of one selector, oldest first.
+        within: readings of an age beyond this belong to an earlier selection. None of them: returns None.
+        count: readings at most.
+    """
+    recent = [point for point in points[-count:] if point.age <= within]
+    # Ages rise while a selection is in use: what precedes a fall is of the one before.
+    for i in range(len(recent) - 1, 0, -1):
+        if recent[i].age < recent[i - 1].age:
+            recent = recent[i:]
+            break
+    if not recent:
+        return None
+    weights = [point.standard_error**-2 for point in recent]
+    total = math.fsum(weights)
+    mean = math.fsum(weight * point.ratio for weight, point in zip(weights, recent, strict=True)) / total
+    return mean, total**-0.5
+
+
 @dataclass(frozen=True)
 class Fading:
     """Posterior of rho0 and tau: medians, and standard deviations of their logarithms."""

@@ -61,12 +61,17 @@ class Selector:
             _positive("gain_ratio", self.gain_ratio)
 
 
+# The arm of this name is the whole pool, to which a selection that proves harmful gives way.
+POOL = "pool"
+
+
 @dataclass(frozen=True)
 class Arm:
     """Other data that may be trained on, and what is believed of its rate of gain.
 
     Args:
-        name: unique among the offered ones.
+        name: unique among the offered ones. "pool" is the whole pool: while a selection is in use, what the control arm
+            has measured of it stands in for ``ratio`` and ``standard_error``, and going back waits for nothing.
         ratio: its rate of gain over that of the present data.
         standard_error: of ``ratio``; infinite is written as a large number.
         switch_cost: of going over to it.

@@ -26,6 +26,7 @@ def pay_back(
     remaining: float,
     stale_for: float | None,
     present_ratio: float | None = None,
+    present_decay: float | None = None,
 ) -> PayBack:
     """Weigh a fresh selection against its cost.
 
@@ -45,6 +46,7 @@ def pay_back(
         stale_for: c, spent since the last scoring; None when the pool was never scored (c infinite).
         present_ratio: rho of the present selection where another selector made it, in place of ``gain_ratio`` in
             exp(-(x + c) / tau) and in the cost; None where it is the same.
+        present_decay: likewise tau of the present selection.
 
     The benefit is 0 when S >= B. Raises ValueError for amounts out of range.
 
@@ -55,16 +57,19 @@ def pay_back(
     for name, value in (("remaining", remaining), ("stale_for", stale_for or 0.0)):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-    lost = 1.0 if stale_for is None else -math.expm1(-stale_for / decay)  # share of the advantage gone
     present = gain_ratio if present_ratio is None else present_ratio
-    if not math.isfinite(present) or present <= 0:
-        raise ValueError(f"present_ratio must be positive and finite, got {present!r}")
+    fading = decay if present_decay is None else present_decay
+    for name, value in (("present_ratio", present), ("present_decay", fading)):
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    lost = 1.0 if stale_for is None else -math.expm1(-stale_for / fading)  # share of the advantage gone
     after = max(remaining - refresh_cost, 0.0)
-    reach = -math.expm1(-after / decay)
-    return PayBack(
-        benefit=(gain_ratio - 1) * decay * lost * reach + (gain_ratio - present) * decay * (1 - lost) * reach,
-        cost=refresh_cost * (1 + (present - 1) * (1 - lost)),
-    )
+    reach, present_reach = -math.expm1(-after / decay), -math.expm1(-after / fading)
+    # Written so that no difference of nearly equal terms is left where both selections are of one kind.
+    benefit = (gain_ratio - 1) * decay * lost * reach
+    if present != gain_ratio or fading != decay:
+        benefit += ((gain_ratio - 1) * decay * reach - (present - 1) * fading * present_reach) * (1 - lost)
+    return PayBack(benefit=benefit, cost=refresh_cost * (1 + (present - 1) * (1 - lost)))
 
 
 def worth_of_training(*, gain_ratio: float, decay: float, remaining: float, stale_for: float | None) -> float:

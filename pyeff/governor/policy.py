@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from pyeff.governor.belief import Belief, Interval
+from pyeff.governor.belief import RATIO_LIMITS, Belief, Interval
 from pyeff.governor.budget import format_amount
 from pyeff.governor.config import GovernorConfig
-from pyeff.governor.control import Advantage, Fading, estimate_fading
+from pyeff.governor.control import Advantage, Fading, estimate_fading, recent_advantage
 from pyeff.governor.drift import alarmed
 from pyeff.governor.forecast import Forecaster, Promise
 from pyeff.governor.menu import Option, options, over_cap
 from pyeff.governor.observation import (
+    POOL,
     Action,
+    Arm,
     Decision,
     Observation,
     Policy,
@@ -27,6 +29,7 @@ from pyeff.governor.observation import (
     action_key,
 )
 from pyeff.governor.payback import PayBack, pay_back, worth_of_training
+from pyeff.governor.plan import advantage_over, worth_of_renewing
 from pyeff.governor.signals import PairedGain, clustered_gain, paired_gain
 
 __all__ = [
@@ -41,12 +44,16 @@ __all__ = [
 ]
 
 # Of what a decision's inputs hold. A log of another version cannot be replayed by this one.
-VERSION = 2
+VERSION = 3
 
 _KEPT_ADVANTAGES = 32
 # Share of the budget: a rate over less says nothing, and its square overflows.
 _SHORTEST = 1e-9
 _WINDOWED = (Action.SWITCH, Action.BATCH, Action.MEMORY)
+_RETREAT = action_key(Action.SWITCH, POOL)
+# Of a ratio nobody has measured.
+_UNKNOWN_ERROR = 1e6
+_FASTEST = RATIO_LIMITS[1]
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class _State:
     candidate_checks: int = 0
     selector: str | None = None
     selectors: tuple[tuple[str, float, float], ...] = ()
-    advantages: tuple[Advantage, ...] = ()
+    advantages: tuple[tuple[str | None, Advantage], ...] = ()
     forecaster: Forecaster = field(default_factory=Forecaster)
     belief: Belief | None = None
 
@@ -78,7 +85,7 @@ class _State:
         return {
             **{item.name: getattr(self, item.name) for item in fields(self)},
             "selectors": [list(known) for known in self.selectors],
-            "advantages": [asdict(point) for point in self.advantages],
+            "advantages": [[name, asdict(point)] for name, point in self.advantages],
             "forecaster": self.forecaster.to_dict(),
             "belief": None if self.belief is None else self.belief.to_dict(),
         }
@@ -91,7 +98,7 @@ class _State:
         belief = plain["belief"]
         parts = {
             "selectors": tuple((name, mean, variance) for name, mean, variance in plain["selectors"]),
-            "advantages": tuple(Advantage(**point) for point in plain["advantages"]),
+            "advantages": tuple((name, Advantage(**point)) for name, point in plain["advantages"]),
             "forecaster": Forecaster.from_dict(plain["forecaster"]),
             "belief": None if belief is None else Belief.from_dict(belief),
         }
@@ -224,20 +231,30 @@ def _decide_governor(config: GovernorConfig, state: _State, observation: Observa
     assert new.belief is not None
     fading = _fading(config, new, observation)
     ratio, decay = fading.gain_ratio, fading.decay
+    interval = config.check_every * observation.budget
     left = max(observation.budget - observation.spent - observation.cooldown_cost, 0.0)
     stale_for = None if observation.scored_at is None else observation.spent - observation.scored_at
     selectors = observation.selectors or (Selector(None, observation.refresh_cost),)
+    known = {_refresh_key(each): _selector_fading(config, new, observation, each, fading) for each in selectors}
     weighed = {
         _refresh_key(selector): pay_back(
-            gain_ratio=_selector_ratio(config, new, selector, ratio),
-            decay=decay,
+            gain_ratio=known[_refresh_key(selector)].gain_ratio,
+            decay=known[_refresh_key(selector)].decay,
             refresh_cost=selector.cost,
             remaining=left,
             stale_for=stale_for,
-            present_ratio=None if selector.name is None else ratio,
+            present_ratio=ratio,
+            present_decay=decay,
         )
         for selector in selectors
     }
+    renewals = {
+        _refresh_key(selector): _Renewal.of(known[_refresh_key(selector)], selector.cost, left, config, observation)
+        for selector in selectors
+    }
+    # To wait for the next check and take the best refresh then.
+    waiting = advantage_over(gain_ratio=ratio, decay=decay, length=min(interval, left), age=stale_for)
+    waiting += max([0.0, *(renewal.later for renewal in renewals.values())])
     rest = worth_of_training(gain_ratio=ratio, decay=decay, remaining=left, stale_for=stale_for)
     overfit = new.falling_back >= config.overfit_checks
     blocked = _blocked(config, state, new, observation, gain, left)
@@ -247,15 +264,20 @@ def _decide_governor(config: GovernorConfig, state: _State, observation: Observa
     for selector in selectors:
         key = _refresh_key(selector)
         values[key] = weighed[key].benefit - (1 + config.deadband) * weighed[key].cost
+        if values[key] > 0:
+            values[key] += renewals[key].more
+            if renewals[key].now < waiting and stale_for is not None:
+                blocked.setdefault(key, "it will be worth more later, when the present selection has aged")
         choices[key] = (Action.REFRESH, selector.name)
     choices["COOLDOWN"] = (Action.COOLDOWN, None)
     # To stop forgoes the rest, which is worth its negative once training makes the anchors worse.
     values["COOLDOWN"] = 0.0 if annealing else rest if overfit else -rest
-    menu = options(observation, config, left)
+    menu = options(replace(observation, arms=_arms(new, observation, stale_for)), config, left)
     for option in menu:
         key = action_key(option.action, option.argument)
         values[key], choices[key] = option.value, (option.action, option.argument)
-        why = option.blocked or _closed(config, state, new, observation, gain, blocked)
+        retreat = key == _RETREAT and observation.selector is not None
+        why = option.blocked or _closed(config, state, new, observation, gain, blocked, dwell=not retreat)
         if why is not None:
             blocked[key] = why
     new, unpriced = _price(config, state, observation, new, ratio, menu, blocked)
@@ -317,33 +339,96 @@ def _decide_governor(config: GovernorConfig, state: _State, observation: Observa
         new,
         cooling=state.cooling or action is Action.COOLDOWN,
         forecaster=after,
-        checks_since_move=0 if action in (*_WINDOWED, Action.PROBE) else new.checks_since_move,
+        checks_since_move=0 if action in (*_WINDOWED, Action.PROBE) and key != _RETREAT else new.checks_since_move,
     )
+
+
+def _arms(state: _State, observation: Observation, stale_for: float | None) -> tuple[Arm, ...]:
+    """The arms offered, with what the control arm has shown of the way back to the pool."""
+    if observation.selector is None or stale_for is None:
+        return tuple(observation.arms)
+    points = [point for name, point in state.advantages if name == observation.selector]
+    recent = recent_advantage(points, within=stale_for)
+    found = []
+    for arm in observation.arms:
+        if arm.name == POOL:
+            if recent is None or recent[0] <= 0:
+                # Nothing measured, or a selection that does no good at all: as fast a way back as can be written.
+                ratio, error = (1.0, _UNKNOWN_ERROR) if recent is None else (_FASTEST, 0.0)
+            else:
+                ratio, error = 1 / recent[0], recent[1] / recent[0] ** 2
+            arm = replace(arm, ratio=min(ratio, _FASTEST), standard_error=min(error, _UNKNOWN_ERROR))
+        found.append(arm)
+    return tuple(found)
 
 
 def _refresh_key(selector: Selector) -> str:
     return action_key(Action.REFRESH, selector.name)
 
 
-def _selector_ratio(config: GovernorConfig, state: _State, selector: Selector, present: float) -> float:
+@dataclass(frozen=True)
+class _Renewal:
+    """What refreshing now is worth with the renewals that follow, what it is worth at the next check, and what the
+    renewals add to it."""
+
+    now: float
+    later: float
+    more: float
+
+    @classmethod
+    def of(cls, fading: Fading, cost: float, left: float, config: GovernorConfig, observation: Observation) -> _Renewal:
+        interval = config.check_every * observation.budget
+        how: dict[str, float] = {"gain_ratio": fading.gain_ratio, "decay": fading.decay, "refresh_cost": cost}
+        now = worth_of_renewing(**how, remaining=left, shortest=interval * config.min_dwell)
+        later = worth_of_renewing(**how, remaining=max(left - interval, 0.0), shortest=interval * config.min_dwell)
+        once = advantage_over(gain_ratio=fading.gain_ratio, decay=fading.decay, length=left - cost) - cost
+        return cls(now, later, now - once)
+
+
+def _selector_fading(
+    config: GovernorConfig, state: _State, observation: Observation, selector: Selector, present: Fading
+) -> Fading:
+    """rho and tau of one selector: the present one's, or what an earlier use of it has shown, or its prior."""
     if selector.name is None or selector.name == state.selector:
         return present
-    known = {name: math.exp(mean) for name, mean, _ in state.selectors}
-    return known.get(selector.name, selector.gain_ratio or config.prior_gain_ratio)
+    known = {name: (mean, variance) for name, mean, variance in state.selectors}
+    points = [point for name, point in state.advantages if name == selector.name]
+    prior = math.log(selector.gain_ratio or config.prior_gain_ratio)
+    if selector.name not in known:
+        # Selectors of one pool go together: each that was tried counts as much as the prior.
+        tried = [math.log(each.gain_ratio) for each in _tried(config, state, observation, present)]
+        prior = math.fsum([prior, *tried]) / (1 + len(tried))
+    mean, variance = known.get(selector.name, (prior, config.prior_log_sd**2))
+    return _with_advantages(config, observation, math.exp(mean), math.sqrt(variance), points)
+
+
+def _tried(config: GovernorConfig, state: _State, observation: Observation, present: Fading) -> list[Fading]:
+    """What is known of every selector that has been in use; without a control arm little, and nothing is pooled."""
+    in_use = {state.selector, *(name for name, _, _ in state.selectors)}
+    names = {name for name, _ in state.advantages if name is not None and name in in_use}
+    return [
+        present
+        if name == state.selector
+        else _selector_fading(config, state, observation, Selector(name, 0.0), present)
+        for name in sorted(names)
+    ]
 
 
 def _fading(config: GovernorConfig, state: _State, observation: Observation) -> Fading:
     """rho and tau: of the belief and the prior, and of the control arm's advantages where there are any."""
     assert state.belief is not None
+    points = [point for name, point in state.advantages if name == state.selector]
+    return _with_advantages(config, observation, state.belief.ratio, math.sqrt(state.belief.log_variance), points)
+
+
+def _with_advantages(
+    config: GovernorConfig, observation: Observation, ratio: float, log_sd: float, points: list[Advantage]
+) -> Fading:
     decay = config.prior_decay * observation.budget
-    if not state.advantages or state.belief.log_variance <= 0:
-        return Fading(state.belief.ratio, math.sqrt(state.belief.log_variance), decay, config.decay_log_sd)
+    if not points or log_sd <= 0:
+        return Fading(ratio, log_sd, decay, config.decay_log_sd)
     return estimate_fading(
-        state.advantages,
-        gain_ratio=state.belief.ratio,
-        gain_ratio_log_sd=math.sqrt(state.belief.log_variance),
-        decay=decay,
-        decay_log_sd=config.decay_log_sd,
+        points, gain_ratio=ratio, gain_ratio_log_sd=log_sd, decay=decay, decay_log_sd=config.decay_log_sd
     )
 
 
@@ -354,6 +439,8 @@ def _closed(
     observation: Observation,
     gain: PairedGain | None,
     blocked: Mapping[str, str],
+    *,
+    dwell: bool = True,
 ) -> str | None:
     """Why nothing about the training is changed at this check; None where it may be."""
     if "CONTINUE" in blocked:
@@ -364,6 +451,8 @@ def _closed(
         return observation.problem
     if gain is None:
         return "this run has not shown a usable gain"
+    if not dwell:
+        return None
     since = [
         n for n in (new.checks_since_move, new.checks_since_refresh if new.refreshes_seen else None) if n is not None
     ]
@@ -415,7 +504,7 @@ def _wait_for_window(
 ) -> tuple[_State, str]:
     """Take the best action, but a change of the training only when it was best for ``window`` checks."""
     best = ranked[0]
-    if choices[best][0] not in _WINDOWED:
+    if choices[best][0] not in _WINDOWED or best == _RETREAT:
         return replace(new, candidate=None, candidate_checks=0), best
     count = new.candidate_checks + 1 if new.candidate == best else 1
     if count >= config.window:
@@ -523,16 +612,16 @@ def _account(config: GovernorConfig, state: _State, observation: Observation, ga
         checks_since_move=None if state.checks_since_move is None else state.checks_since_move + 1,
         falling_back=state.falling_back + 1 if gain is not None and gain.high < 0 else 0,
         scoring_spent=scoring_spent,
-        advantages=_advantages(state, observation, refreshed),
+        advantages=_advantages(state, observation),
         forecaster=forecaster,
         belief=belief,
     )
 
 
-def _advantages(state: _State, observation: Observation, refreshed: bool) -> tuple[Advantage, ...]:
-    # Another selector's advantages say nothing about this one's.
-    kept = () if refreshed and observation.selector != state.selector else state.advantages
-    return kept if observation.advantage is None else (*kept, observation.advantage)[-_KEPT_ADVANTAGES:]
+def _advantages(state: _State, observation: Observation) -> tuple[tuple[str | None, Advantage], ...]:
+    if observation.advantage is None:
+        return state.advantages
+    return (*state.advantages, (observation.selector, observation.advantage))[-_KEPT_ADVANTAGES:]
 
 
 def _use_selector(

@@ -113,7 +113,7 @@ def test_every_run_keeps_the_rules(**world):
             assert seen["refresh_cost"] < left
             assert seen["step"] > 0
             assert seen["spent"] >= 0.05 * BUDGET
-            assert index - last_refresh >= 3
+            assert index - last_refresh >= GovernorConfig().min_dwell
             last_refresh = index
         if decision.action is not Action.COOLDOWN:
             assert left >= 0.05 * BUDGET

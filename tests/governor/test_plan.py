@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyeff.governor import Action, Advantage, Arm, GovernorPolicy, Observation, Selector, pay_back, refresh_period
+from pyeff.governor.control import recent_advantage
+from pyeff.governor.plan import advantage_over, worth_of_renewing
+
+AMOUNTS = {
+    "gain_ratio": st.floats(0.2, 5),
+    "decay": st.floats(1, 500),
+    "refresh_cost": st.floats(0.01, 30),
+    "remaining": st.floats(1, 200),
+}
+
+
+@given(**AMOUNTS)
+def test_one_renewal_is_the_pay_back_rule_and_more_are_taken_only_where_better(**amounts):
+    best = worth_of_renewing(**amounts)
+    once = worth_of_renewing(**amounts, shortest=amounts["remaining"])
+    rule = pay_back(**amounts, stale_for=None)
+    if amounts["refresh_cost"] < amounts["remaining"]:
+        assert math.isclose(once, rule.benefit - rule.cost, rel_tol=1e-9, abs_tol=1e-9 * amounts["decay"])
+    assert best >= once
+
+
+@given(**AMOUNTS)
+def test_no_number_of_renewals_pays_where_one_does_not(**amounts):
+    if worth_of_renewing(**amounts, shortest=amounts["remaining"]) <= 0:
+        assert worth_of_renewing(**amounts) <= 0
+
+
+def test_with_no_end_in_sight_the_best_period_is_that_of_the_marginal_value_theorem():
+    amounts = {"gain_ratio": 2.0, "decay": 100.0, "refresh_cost": 1.0}
+    period = refresh_period(**amounts)
+    # Between 20 and 24 renewals fit: the discrete optimum is within one of the continuous one.
+    remaining = 10 * (period + 1.0)
+    each = advantage_over(gain_ratio=2.0, decay=100.0, length=period) - 1.0
+    assert worth_of_renewing(**amounts, remaining=remaining) >= 10 * each * (1 - 1e-12)
+
+
+def observation(**changes):
+    usual = {
+        "step": 10,
+        "spent": 30.0,
+        "budget": 100.0,
+        "unit": "flops",
+        "anchors_before": (2.0, 3.0, 2.5, 4.0),
+        "anchors_now": (1.9, 2.8, 2.4, 3.7),
+        "spent_before": 25.0,
+        "refresh_cost": 100.0,
+        "cooldown_cost": 20.0,
+        "selectors": [Selector("loss", 0.5)],
+        "arms": [Arm("pool", 1.0, 1.0)],
+    }
+    return Observation(**{**usual, **changes})
+
+
+def harmed(ratio, error=0.05):
+    return observation(scored_at=25.0, refreshes_done=1, selector="loss", advantage=Advantage(2.5, ratio, error))
+
+
+def test_a_selection_that_harms_gives_way_to_the_pool_at_the_first_clear_reading():
+    decision = GovernorPolicy().decide(harmed(0.5))
+    assert (decision.action, decision.argument) == (Action.SWITCH, "pool")
+
+
+@pytest.mark.parametrize(("ratio", "error"), [(2.0, 0.05), (0.97, 0.01), (0.8, 0.5)])
+def test_a_selection_that_helps_or_harms_too_little_or_too_uncertainly_stays(ratio, error):
+    assert GovernorPolicy().decide(harmed(ratio, error)).action is not Action.SWITCH
+
+
+def test_what_a_selector_showed_is_remembered_while_another_is_in_use():
+    both = [Selector("loss", 1.0), Selector("norm", 1.0)]
+    ratios = []
+    for shown in (0.6, 3.0):
+        policy = GovernorPolicy()
+        policy.decide(
+            observation(
+                scored_at=25.0, refreshes_done=1, selector="loss", selectors=both, advantage=Advantage(2.5, shown, 0.05)
+            )
+        )
+        later = observation(spent=40.0, spent_before=30.0, scored_at=35.0, refreshes_done=2, selector="norm")
+        ratios.append(policy.decide(Observation(**{**vars(later), "selectors": both})).values["REFRESH(loss)"])
+    assert ratios[0] < 0 < ratios[1]
+
+
+def test_a_renewal_waits_while_it_would_be_worth_more_later():
+    def decide(scored_at):
+        seen = observation(scored_at=scored_at, refreshes_done=1, selector="loss", selectors=[Selector("loss", 1.0)])
+        policy = GovernorPolicy()
+        policy.decide(Observation(**{**vars(seen), "spent": seen.spent - 5, "spent_before": seen.spent_before - 5}))
+        return policy.decide(seen)
+
+    fresh, stale = decide(20.0), decide(1.0)
+    assert "worth more later" in fresh.blocked["REFRESH(loss)"]
+    assert stale.action is Action.REFRESH
+
+
+def test_recent_readings_are_those_of_the_present_selection():
+    points = [Advantage(1.0, 3.0, 0.1), Advantage(5.0, 3.0, 0.1), Advantage(1.0, 0.5, 0.1), Advantage(2.0, 0.7, 0.1)]
+    mean, error = recent_advantage(points, within=10.0)
+    assert mean == pytest.approx(0.6)
+    assert error == pytest.approx(0.1 / math.sqrt(2))
+    assert recent_advantage(points, within=0.5) is None
