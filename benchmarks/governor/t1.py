@@ -9,20 +9,31 @@ Killed at any moment it goes on with the cells that are not there yet.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
+import inspect
 import json
 import os
+import textwrap
 import time
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from .baselines import Mixed, Placebo
+from .governed import Governed
 from .roster import GOVERNOR
-from .t1_cells import SEEDS, TASKS, Group, groups
+from .t1_cells import SEEDS, TASKS, Group, Make, groups
 from .t1_engine import Engine
+from .tasks.task import SPANS
 
+# Seconds of CPU that a group took at the smallest budget; larger ones take in proportion, less what is shared.
+SECONDS = {
+    "code": {"main": 45.0, "branch": 6.0, "mode": 8.0, "control": 2.0, "period": 60.0},
+    "images": {"main": 6.0, "branch": 0.7, "control": 0.3, "period": 2.6},
+}
 WORK = Path(os.environ.get("PYEFF_T1_WORK", "build/governor-t1"))
 VERSION = 1
 
@@ -52,22 +63,38 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def _code(source: str) -> bytes:
+    """What a source does, without its comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
+
+
 @functools.lru_cache(maxsize=1)
 def governor_digest() -> str:
-    """Of the governor's sources: cells of another governor are made again, those of fixed policies stay."""
+    """Of the governor's code."""
     import pyeff.governor
 
     folder = Path(str(pyeff.governor.__file__)).parent
     sources = [*sorted(folder.glob("*.py")), Path(__file__).with_name("governed.py")]
-    return hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=6).hexdigest()
+    return hashlib.blake2b(b"".join(_code(path.read_text()) for path in sources), digest_size=6).hexdigest()
 
 
-def _is_made(path: Path, policy: str, digest: str) -> bool:
-    if not path.exists():
-        return False
-    # The placebo scores as often as the governor, and mixtures are the package's own rules.
-    depends = policy.startswith(GOVERNOR) or policy in ("placebo", "ado", "cads-s")
-    return not depends or json.loads(path.read_text())["governor"] == digest
+def digest_of(make: Make) -> str:
+    """Of a policy's code: cells of a policy that has changed since are made again, the others stay."""
+    kind = getattr(make, "func", make)
+    kind = kind if isinstance(kind, type) else Placebo
+    mine = [_code(inspect.getsource(each)) for each in kind.__mro__ if each.__module__.startswith(str(__package__))]
+    # The placebo scores as often as the governor does, and mixtures are the package's own rules.
+    if issubclass(kind, Governed | Placebo | Mixed):
+        mine.append(governor_digest().encode())
+    return hashlib.blake2b(b"".join(mine), digest_size=6).hexdigest()
+
+
+def _is_made(path: Path, digest: str) -> bool:
+    return path.exists() and json.loads(path.read_text())["code"] == digest
 
 
 def run_group(group: Group, work: Path) -> tuple[int, float]:
@@ -82,8 +109,7 @@ def run_group(group: Group, work: Path) -> tuple[int, float]:
         return sum(key.startswith("REFRESH") for _, key in governed["run"]["moves"])
 
     makes = group.makes(task.selectors, refreshes)
-    digest = governor_digest()
-    missing = [name for name in makes if not _is_made(path_of(work, group, name), name, digest)]
+    missing = [name for name, make in makes.items() if not _is_made(path_of(work, group, name), digest_of(make))]
     if not missing:
         return 0, 0.0
     began = time.process_time()
@@ -94,7 +120,7 @@ def run_group(group: Group, work: Path) -> tuple[int, float]:
         content = {
             "version": VERSION,
             "kind": group.kind,
-            "governor": digest,
+            "code": digest_of(makes[name]),
             "cell": vars(group.cell),
             "run": run.to_dict() | {"policy": name},
             "decisions": records if name == GOVERNOR else [],
@@ -105,6 +131,11 @@ def run_group(group: Group, work: Path) -> tuple[int, float]:
     return len(missing), time.process_time() - began
 
 
+def expected_seconds(group: Group) -> float:
+    """About how much CPU a whole group takes."""
+    return SECONDS[group.cell.task][group.kind] * SPANS[group.cell.budget]
+
+
 def _job(arguments: tuple[Group, Path]) -> tuple[Group, int, float]:
     return (arguments[0], *run_group(*arguments))
 
@@ -112,20 +143,22 @@ def _job(arguments: tuple[Group, Path]) -> tuple[Group, int, float]:
 def make_missing(work: Path, *, seeds: Sequence[int] = SEEDS, workers: int = 2, budgets: Sequence[int] = ()) -> None:
     """Run every group that has a cell missing."""
     wanted = [group for group in groups(tuple(seeds)) if not budgets or group.cell.budget in budgets]
-    began, cells, seconds = time.monotonic(), 0, 0.0
-    print(f"{len(wanted)} groups, cells below {work}", flush=True)
+    began, cells, seconds, expected = time.monotonic(), 0, 0.0, 0.0
+    left = sum(map(expected_seconds, wanted))
+    print(f"{len(wanted)} groups of about {left / 3600:.1f} hours of CPU in all, cells below {work}", flush=True)
     # Spawned: a forked torch keeps its parent's threads' locks.
     with get_context("spawn").Pool(workers) as pool:
         for done, (group, count, cpu) in enumerate(
             pool.imap_unordered(_job, [(group, work) for group in wanted], chunksize=1), start=1
         ):
-            cells, seconds = cells + count, seconds + cpu
+            cells, seconds, left = cells + count, seconds + cpu, left - expected_seconds(group)
             if count:
+                expected += expected_seconds(group)
                 cell = group.cell
                 print(
                     f"{done}/{len(wanted)} {cell.label} {group.kind} budget {cell.budget} seed {cell.seed}: "
                     f"{count} cells in {cpu:.0f} s of CPU; {cells} cells, {seconds:.0f} s of CPU, "
-                    f"{time.monotonic() - began:.0f} s",
+                    f"{time.monotonic() - began:.0f} s; about {left * seconds / expected / 3600:.1f} hours of CPU left",
                     flush=True,
                 )
 
