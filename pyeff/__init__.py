@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyeff.ops.attention import attention
     from pyeff.ops.directional_scores import directional_scores
     from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
+    from pyeff.ops.factored_sketch import FactoredSketch
     from pyeff.ops.global_norm import global_norm
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
     from pyeff.ops.linear_cross_entropy import linear_cross_entropy
@@ -48,6 +49,7 @@ _HOMES = {
     "AttentionRerunError": "pyeff.memory",
     "Checkpoints": "pyeff.memory",
     "EmbeddingGrad": "pyeff.ops",
+    "FactoredSketch": "pyeff.ops",
     "Governor": "pyeff.governor",
     "GradientObservation": "pyeff.observation",
     "HeadGrad": "pyeff.ops",
@@ -105,6 +107,7 @@ __all__ = [
     "Checkpoints",
     "EmbeddingGrad",
     "Explanation",
+    "FactoredSketch",
     "Governor",
     "GradientObservation",
     "HeadGrad",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldCall, Kept
+from pyeff.observation.features import Noted
 from pyeff.observation.layers import (
     PARAMETER_INPUTS,
     WORKSPACE_BYTES,
@@ -129,7 +130,7 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
     if features is None and not observation.norms:
         use.add_norms_sq(None)
         return None
-    sketches, dots = [], []
+    parts: list[Noted] = []
     begin = 0
     while begin < use.rows.samples:
         end = begin + 1
@@ -162,12 +163,11 @@ def _weight_grad(x: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry, us
             grad[group] += result.weight_grad
             norms_sq[begin:end] += result.norms_sq
         if features is not None:
-            of_sketches, of_dots = features.of_sample_grads(use.name, torch.stack(sample_grads, 1))
-            sketches += [] if of_sketches is None else [of_sketches]
-            dots += [] if of_dots is None else [of_dots]
+            parts.append(features.of_sample_grads(use.name, torch.stack(sample_grads, 1)))
         begin = end
     use.add_norms_sq(norms_sq if observation.norms else None)
-    use.add_features(torch.cat(sketches) if sketches else None, torch.cat(dots) if dots else None)
+    kinds = zip(*parts, strict=True) if parts else ((), (), ())
+    use.add_features(Noted(*(torch.cat(kind) if kind and kind[0] is not None else None for kind in kinds)))
     if not observation.gradient:
         return None
     return grad.view(shape).squeeze(2) if len(geometry.stride) == 1 else grad.view(shape)

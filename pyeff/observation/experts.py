@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldExperts, HeldSamples
+from pyeff.observation.features import Noted
 from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, measured, no_autocast
 from pyeff.observation.recording import Use
 from pyeff.observation.rows import Rows
@@ -82,7 +83,7 @@ class ObservedExperts(torch.autograd.Function):
                     use.add_norms_sq(sums.square().sum((0, 2)))
                     features = use.forward.observation.features
                     if features is not None:
-                        use.add_features(*features.of_sample_grads(use.name, sums.transpose(0, 1)))
+                        use.add_features(features.of_sample_grads(use.name, sums.transpose(0, 1)))
                 grad_b = None if use is not None and use.deferred else sums.sum(1).to(ctx.b_dtype)
         return grad_x, grad_w, grad_b, None, None, None, None, None
 
@@ -126,17 +127,18 @@ def _weight_grad(
             grad[expert] = g.t() @ a
             continue
         borders = pairs.host[expert * samples : (expert + 1) * samples + 1] - begin
-        reference = sketch = None
+        reference = sketch = factored = None
         if features is not None:
             reference = features.parameter_reference(watched.name)
             reference = None if reference is None else reference[expert]
             sketch = features.parameter_sketch(watched.name, expert)
+            factored = features.factored_sketch(watched.name, a, g, borders, expert)
         result = measured(a, g, borders, int(borders.diff().square().sum()), watched, reference, sketch)
         if grad is not None and result.weight_grad is not None:
             grad[expert] = result.weight_grad
         if result.norms_sq is not None:
             norms_sq += result.norms_sq
-        watched.add_features(result.sketches, result.dots)
+        watched.add_features(Noted(result.sketches, result.dots, factored))
     if watched is not None and observation is not None:
         watched.add_norms_sq(norms_sq if observation.norms else None)
     return grad

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyeff import reference as _reference
+from pyeff.observation.rows import Rows
+from pyeff.ops.factored_sketch import FactoredSketch
 from pyeff.ops.sketch_grads import AdamWDirection, ParameterSketch, Sketch, matrix_shape
 
 Variant = Literal["adamw", "adamw-frozen"]
 
 
+class Noted(NamedTuple):
+    """What one use of a parameter adds: to the samples' sketches [S, dim], to their dots [S], and to the parameter's
+    own factored sketches [S, k_out, k_in]; None where not asked for."""
+
+    sketches: Tensor | None
+    dots: Tensor | None
+    factored: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Features:
-    """The sketch and the reference gradient of every watched parameter, by its name; None where not asked for.
+    """The sketches and the reference gradient of every watched parameter, by its name; None where not asked for.
 
     `directions` holds AdamW's moments of each parameter, empty where gradients are sketched as they are.
     """
 
     sketch: Sketch | None
+    factored: FactoredSketch | None
     reference: Mapping[str, Tensor] | None
     directions: Mapping[str, AdamWDirection]
     shapes: Mapping[str, torch.Size]
@@ -61,24 +73,42 @@ class Features:
         """The reference gradient of a parameter."""
         return None if self.reference is None else self.reference.get(name)
 
-    def of_sample_grads(self, name: str, grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Sketches [S, dim] and dots [S] of gradients [S, ...] of a parameter that are there."""
+    def factored_sketch(
+        self, name: str, inputs: Tensor, grad_outputs: Tensor, borders: Tensor, part: int = 0
+    ) -> Tensor | None:
+        """The factored sketches [S, k_out, k_in] of a linear layer's weight, or of matrix `part` of a stack of them."""
+        if self.factored is None:
+            return None
+        first_row = part * grad_outputs.shape[1]
+        return self.factored.of_product(self.plain(name), inputs, grad_outputs, borders, first_row=first_row)
+
+    def of_sample_grads(self, name: str, grads: Tensor) -> Noted:
+        """What is wanted of gradients [S, ...] of a parameter that are there."""
         reference, sketches, dots = self.parameter_reference(name), None, None
         whole = grads.reshape(grads.shape[0], *self.shapes[name])
+        factored = None
+        if self.factored is not None and len(self.shapes[name]) > 1:
+            factored = self.factored.of(self.plain(name), whole)
         if self.sketch is not None:
             sketches = self.sketch.of(self.plain(name), whole, direction=self.directions.get(name))
         if reference is not None:
             dots = whole.flatten(1) @ reference.flatten().to(whole.dtype)
-        return sketches, dots
+        return Noted(sketches, dots, factored)
 
-    def of_rows(
+    def of_rows(self, name: str, ids: Tensor, grads: Tensor, rows: Rows) -> Noted:
+        """What is wanted of a table's gradient: `grads` [N, d] go to the rows `ids` [N] for the samples of `rows`."""
+        factored = None
+        if self.factored is not None:
+            factored = self.factored.of_table(self.plain(name), ids, grads, rows.borders)
+        if self.sketch is None and self.parameter_reference(name) is None:
+            return Noted(None, None, factored)
+        sketches, dots = self._of_summed_rows(name, ids, grads, rows.sample_of_row(), rows.samples)
+        return Noted(sketches, dots, factored)
+
+    def _of_summed_rows(
         self, name: str, ids: Tensor, grads: Tensor, sample: Tensor, samples: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Sketches and dots of a table's gradient: `grads` [N, d] go to the rows `ids` [N] for the samples
-        `sample` [N].
-
-        Every (sample, row) is summed before it is sketched. Waits for the GPU, which says how many there are.
-        """
+        """Every (sample, row) is summed before it is sketched. Waits for the GPU, which says how many there are."""
         wide = torch.promote_types(grads.dtype, torch.float32)
         height = self.shapes[name][0]
         pairs, which = torch.unique(sample * height + ids, return_inverse=True)
@@ -114,7 +144,7 @@ class Features:
 def features_of(
     parameters: Mapping[str, nn.Parameter],
     prefix: str,
-    sketch: Sketch | None,
+    sketch: Sketch | FactoredSketch | None,
     reference: Mapping[str, Tensor] | None,
     optimizer: torch.optim.Optimizer | None,
     variant: Variant,
@@ -126,12 +156,17 @@ def features_of(
         raise ValueError("optimizer maps what is sketched: pass a sketch too")
     if sketch is None and reference is None:
         return None
-    if sketch is not None and not isinstance(sketch, Sketch):
-        raise TypeError(f"sketch must be a pyeff.Sketch or None, got {type(sketch).__name__}")
+    if sketch is not None and not isinstance(sketch, Sketch | FactoredSketch):
+        raise TypeError(f"sketch must be a pyeff.Sketch, a pyeff.FactoredSketch or None, got {type(sketch).__name__}")
+    factored = sketch if isinstance(sketch, FactoredSketch) else None
+    if factored is not None and optimizer is not None:
+        raise ValueError("optimizer maps gradients entry by entry, which a factored sketch does not see: pass a Sketch")
     if reference is not None:
         _check_reference(parameters, reference)
     directions = {} if optimizer is None else _directions(parameters, optimizer, variant == "adamw-frozen")
-    return Features(sketch, reference, directions, {name: p.shape for name, p in parameters.items()}, prefix)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    hashed = sketch if isinstance(sketch, Sketch) else None
+    return Features(hashed, factored, reference, directions, shapes, prefix)
 
 
 def _check_reference(parameters: Mapping[str, nn.Parameter], reference: Mapping[str, Tensor]) -> None:

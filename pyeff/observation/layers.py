@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldProduct, HeldRows
+from pyeff.observation.features import Noted
 from pyeff.observation.recording import Use
 from pyeff.ops import (
     LinearGrad,
@@ -105,16 +106,17 @@ def _measured_grad(inputs: Tensor, outputs: Tensor, use: Use) -> Tensor | None:
     """outputs^T inputs, once what is wanted of the samples' shares is noted; None where only these are wanted."""
     observation = use.forward.observation
     use.hold(HeldProduct(use.rows, inputs, outputs))
-    reference = sketch = None
+    reference = sketch = factored = None
+    # References and sketches are of the parameter, of which the layer may have been given the transpose.
+    a, g = (outputs, inputs) if use.transposed else (inputs, outputs)
     if observation.features is not None:
         reference = observation.features.parameter_reference(use.name)
         sketch = observation.features.parameter_sketch(use.name)
-    # Reference and sketch are of the parameter, of which the layer may have been given the transpose.
-    a, g = (outputs, inputs) if use.transposed else (inputs, outputs)
+        factored = observation.features.factored_sketch(use.name, a, g, use.rows.borders)
     result = measured(a, g, use.rows.borders, use.rows.pairs, use, reference, sketch)
     use.add_norms_sq(result.norms_sq)
     use.add_product(inputs, outputs)
-    use.add_features(result.sketches, result.dots)
+    use.add_features(Noted(result.sketches, result.dots, factored))
     grad = result.weight_grad
     return grad.t() if grad is not None and use.transposed else grad
 
@@ -217,7 +219,7 @@ def _add_row_features(use: Use, ids: Tensor, rows: Tensor, padding_idx: int) -> 
         return
     if padding_idx >= 0:
         rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0.0)
-    use.add_features(*features.of_rows(use.name, ids, rows, use.rows.sample_of_row(), use.rows.samples))
+    use.add_features(features.of_rows(use.name, ids, rows, use.rows))
 
 
 def _of_one_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

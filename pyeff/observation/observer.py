@@ -20,6 +20,7 @@ from pyeff.observation.interception import Interception
 from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
 from pyeff.observation.recording import Forward
 from pyeff.observation.rows import batch_of_call
+from pyeff.ops.factored_sketch import FactoredSketch
 from pyeff.ops.sketch_grads import Sketch
 
 
@@ -36,7 +37,7 @@ def observe(
     noise_scale: NoiseScale | None = None,
     gradient: bool = True,
     defer: bool = False,
-    sketch: Sketch | None = None,
+    sketch: Sketch | FactoredSketch | None = None,
     reference: Mapping[str, Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     variant: Variant = "adamw",
@@ -73,7 +74,7 @@ def observe(
         defer: Compute no gradient of a parameter in the backward pass, but what is wanted of the samples, and keep what
             the gradient takes until `accumulate(keep)` forms it of the samples chosen meanwhile.
         sketch: Offer `sketches` of the samples' gradients, by the names of `model.named_parameters()` (without the
-            prefix of DistributedDataParallel).
+            prefix of DistributedDataParallel). With a `FactoredSketch`, `layer_sketches` of each matrix.
         reference: Names of parameters and gradients of their shapes: offer the samples' `dots` with them. A parameter
             that is not named adds nothing.
         optimizer: torch's Adam or AdamW, having stepped: sketch the direction it would step in after each sample's
@@ -202,12 +203,39 @@ class GradientObservation:
     def sketches(self) -> Tensor:
         """The sketch of each sample's gradient, or of the direction AdamW maps it to: [samples, dim], fp32.
 
-        In the order of `grad_norms`. Raises `RuntimeError` unless `observe(..., sketch=...)` asked for it.
+        In the order of `grad_norms`. Of a `FactoredSketch`, `layer_sketches` side by side, in the order of their names.
+        Raises `RuntimeError` unless `observe(..., sketch=...)` asked for it.
         """
+        if self.features is not None and self.features.factored is not None:
+            layers = self.layer_sketches
+            return torch.cat([layers[name].flatten(1) for name in sorted(layers)], 1)
         if self.features is None or self.features.sketch is None:
             raise RuntimeError("sketches are formed with observe(model, sketch=pyeff.Sketch(...))")
         dim = self.features.sketch.dim
-        return torch.cat([self._found(f, f.features()[0], (dim,)) for f in self._finished()]).float()
+        return torch.cat([self._found(f, f.features()[0].sketches, (dim,)) for f in self._finished()]).float()
+
+    @property
+    def layer_sketches(self) -> dict[str, Tensor]:
+        """Matrix's name (of the plain model) -> its gradients' factored sketches [samples, k_out, k_in], fp32.
+
+        In the order of `grad_norms`. Vectors have none. Raises `RuntimeError` unless
+        `observe(..., sketch=pyeff.FactoredSketch(...))` asked for it.
+        """
+        if self.features is None or self.features.factored is None:
+            raise RuntimeError("layer_sketches are formed with observe(model, sketch=pyeff.FactoredSketch(...))")
+        shape = self.features.factored.k_out, self.features.factored.k_in
+        found = [(f, f.features()[1]) for f in self._finished()]
+        return {
+            self.features.plain(name): torch.cat([self._found(f, of.get(name), shape) for f, of in found]).float()
+            for name in self._sketched()
+        }
+
+    def _sketched(self) -> list[str]:
+        """The parameters that sketches are of."""
+        assert self.features is not None
+        matrices = self.features.factored is not None
+        shapes = {name: shape for name, shape in self.features.shapes.items() if name not in self.unobserved}
+        return sorted(name for name, shape in shapes.items() if len(shape) > 1 or not matrices)
 
     @property
     def dots(self) -> Tensor:
@@ -217,15 +245,16 @@ class GradientObservation:
         """
         if self.features is None or self.features.reference is None:
             raise RuntimeError("dots are formed with observe(model, reference=gradients)")
-        return torch.cat([self._found(f, f.features()[1], ()) for f in self._finished()]).float()
+        return torch.cat([self._found(f, f.features()[0].dots, ()) for f in self._finished()]).float()
 
     @property
     def sketch_header(self) -> dict[str, Any]:
         """The sketch's header, what was sketched ("gradient", "adamw", "adamw-frozen") and of which parameters."""
-        if self.features is None or self.features.sketch is None:
+        sketch = None if self.features is None else self.features.sketch or self.features.factored
+        if self.features is None or sketch is None:
             raise RuntimeError("sketches are formed with observe(model, sketch=pyeff.Sketch(...))")
-        names = sorted(self.features.plain(name) for name in self.features.shapes if name not in self.unobserved)
-        return {**self.features.sketch.header, "variant": self.features.variant, "parameters": names}
+        names = sorted(self.features.plain(name) for name in self._sketched())
+        return {**sketch.header, "variant": self.features.variant, "parameters": names}
 
     def _found(self, forward: Forward, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         return self._zeros(forward).new_zeros(forward.batch.samples, *shape) if found is None else found

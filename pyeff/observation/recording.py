@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyeff.observation.deferral import Held, HeldSamples, Selection
+from pyeff.observation.features import Noted
 from pyeff.observation.rows import Batch, Rows
 from pyeff.ops import VectorGrad
 
@@ -102,15 +103,14 @@ class Use:
         partial = self.forward.partials.get(self.name)
         self.forward.partials[self.name] = gradients if partial is None else partial + gradients
 
-    def add_features(self, sketches: Tensor | None, dots: Tensor | None) -> None:
-        """Note sketches [S, dim] and dots [S] of the gradient of what the layer was given."""
+    def add_features(self, noted: Noted) -> None:
+        """Note sketches and dots of the gradient of what the layer was given."""
         if self.scale != 1.0:
-            if sketches is not None and self.forward.observation.directions:
+            if noted.sketches is not None and self.forward.observation.directions:
                 self.forward.observation.refuse(self.name, "a multiple of it is used, and AdamW's map is not linear")
                 return
-            sketches = None if sketches is None else sketches * self.scale
-            dots = None if dots is None else dots * self.scale
-        self.forward.add_features(sketches, dots)
+            noted = Noted(*(None if part is None else part * self.scale for part in noted))
+        self.forward.add_features(self.name, noted)
 
     def _begin(self) -> None:
         if self.done:
@@ -175,8 +175,8 @@ class Forward:
         self.held: dict[str, list[tuple[Use, Held]]] = {}
         self.accumulated = False
         self.device = torch.device("cpu")
-        self._sketches: Tensor | None = None
-        self._dots: Tensor | None = None
+        self._noted = Noted(None, None)
+        self._factored: dict[str, Tensor] = {}
         self.began_backward = False
 
     def contributed(self, name: str) -> None:
@@ -212,26 +212,22 @@ class Forward:
         known = self.norms_sq.get(name)
         self.norms_sq[name] = norms_sq if known is None else known + norms_sq
 
-    def add_features(self, sketches: Tensor | None, dots: Tensor | None) -> None:
-        """Add to the sketches [S, dim] and the dots [S] of the samples' gradients."""
-        if sketches is not None:
-            self._sketches = sketches if self._sketches is None else self._sketches + sketches.to(self._sketches.device)
-        if dots is not None:
-            self._dots = dots if self._dots is None else self._dots + dots.to(self._dots.device)
+    def add_features(self, name: str, noted: Noted) -> None:
+        """Add to the sketches and the dots of the samples' gradients."""
+        self._noted = Noted(_sum(self._noted.sketches, noted.sketches), _sum(self._noted.dots, noted.dots))
+        if noted.factored is not None:
+            self._factored[name] = noted.factored + self._factored.get(name, 0.0)
 
-    def features(self) -> tuple[Tensor | None, Tensor | None]:
-        """The sketches [S, dim] and dots [S], those of vectors among them."""
-        features = self.observation.features
-        sketches, dots = self._sketches, self._dots
-        if features is not None:
-            for name, grads in self.partials.items():
-                if name not in self.observation.unobserved:
-                    of_sketches, of_dots = features.of_sample_grads(name, grads)
-                    if of_sketches is not None:
-                        sketches = of_sketches if sketches is None else sketches + of_sketches.to(sketches.device)
-                    if of_dots is not None:
-                        dots = of_dots if dots is None else dots + of_dots.to(dots.device)
-        return sketches, dots
+    def features(self) -> tuple[Noted, dict[str, Tensor]]:
+        """The sketches [S, dim] and dots [S], those of vectors among them, and each matrix's factored sketches."""
+        features, noted, factored = self.observation.features, self._noted, dict(self._factored)
+        for name, grads in self.partials.items() if features is not None else ():
+            if features is not None and name not in self.observation.unobserved:
+                found = features.of_sample_grads(name, grads)
+                noted = Noted(_sum(noted.sketches, found.sketches), _sum(noted.dots, found.dots))
+                if found.factored is not None:
+                    factored[name] = found.factored
+        return noted, factored
 
     def held_tensors(self) -> Iterator[tuple[str, Iterable[Tensor]]]:
         """What is kept for each parameter whose gradient is yet to be formed, in the order it came."""
@@ -255,3 +251,9 @@ class Forward:
         result = {name: norms_sq.clamp(min=0.0) for name, norms_sq in self.norms_sq.items() if name not in left_out}
         result |= {name: sums.square().sum(1) for name, sums in self.partials.items() if name not in left_out}
         return result
+
+
+def _sum(known: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if known is None or more is None:
+        return more if known is None else known
+    return known + more.to(known.device)

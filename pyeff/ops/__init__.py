@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyeff.ops.attention import attention
     from pyeff.ops.directional_scores import directional_scores
     from pyeff.ops.embedding_grad import EmbeddingGrad, embedding_grad
+    from pyeff.ops.factored_sketch import FactoredSketch
     from pyeff.ops.global_norm import global_norm
     from pyeff.ops.gram_norms import gram_is_cheaper, gram_norms
     from pyeff.ops.linear_cross_entropy import linear_cross_entropy
@@ -67,6 +68,7 @@ OPERATIONS: Mapping[str, Operation] = _Operations(
 _HOMES = {
     "AdamWDirection": "pyeff.ops.sketch_grads",
     "EmbeddingGrad": "pyeff.ops.embedding_grad",
+    "FactoredSketch": "pyeff.ops.factored_sketch",
     "HeadGrad": "pyeff.ops.linear_cross_entropy_grad",
     "LinearGrad": "pyeff.ops.linear_grad",
     "NormLayerGrad": "pyeff.ops.norm_layer_grad",
@@ -96,6 +98,7 @@ __all__ = [
     "OPERATIONS",
     "AdamWDirection",
     "EmbeddingGrad",
+    "FactoredSketch",
     "HeadGrad",
     "LinearGrad",
     "NormLayerGrad",

@@ -234,3 +234,51 @@ def test_a_part_of_a_vector_is_refused_by_name() -> None:
         pyeff.observe(model, sketch=SKETCH),
     ):
         model(x).square().sum().backward()
+
+
+FACTORED = pyeff.FactoredSketch(5, 3, seed=2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factored_sketches_of_every_matrix_are_those_of_single_samples(name: str) -> None:
+    batch = padded_batch()
+    exact, peer = (
+        FACTORED(grads_of_samples(model_named(name, d), batch), batch_dims=1) for d in (torch.float64, torch.float32)
+    )
+    model = model_named(name, torch.float32)
+    with pyeff.observe(model, sketch=FACTORED) as seen:
+        loss_sum(model, batch).backward()
+    assert seen.layer_sketches.keys() == exact.keys()
+    for parameter, sketches in seen.layer_sketches.items():
+        assert_close(sketches, exact[parameter], peer[parameter], parameter)
+    together = torch.cat([seen.layer_sketches[n].flatten(1) for n in sorted(exact)], 1)
+    assert torch.equal(seen.sketches, together)
+    assert seen.sketch_header == {**FACTORED.header, "variant": "gradient", "parameters": sorted(exact)}
+
+
+def test_factored_sketches_of_convolutions_and_of_what_is_chosen_later() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(2), nn.Conv1d(4, 3, 2), nn.Flatten(1), nn.Linear(45, 5)
+    )
+    x = torch.randn(3, 2, 6, 6)
+    exact, peer = {}, {}
+    for dtype, grads in ((torch.float64, exact), (torch.float32, peer)):
+        plain = copy.deepcopy(model).to(dtype)
+        of_samples = [gradient_of(plain, plain(x[s : s + 1].to(dtype)).square().sum()) for s in range(3)]
+        grads |= FACTORED({n: torch.stack([g[n] for g in of_samples]) for n in of_samples[0]}, batch_dims=1)
+    for options in ({}, {"gradient": False}, {"defer": True, "norms": False}):
+        with pyeff.observe(model, sketch=FACTORED, **options) as seen:
+            model(x).square().sum().backward()
+        for parameter, sketches in seen.layer_sketches.items():
+            assert_close(sketches, exact[parameter], peer[parameter], parameter)
+
+
+def test_a_factored_sketch_sees_no_optimizer() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="which a factored sketch does not see"):
+        pyeff.observe(model, sketch=FACTORED, optimizer=torch.optim.AdamW(model.parameters()))
+    with pyeff.observe(model, sketch=SKETCH) as seen:
+        model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="FactoredSketch"):
+        seen.layer_sketches
