@@ -124,42 +124,19 @@ def test_against_the_fastest_installed(contest: Callable[..., Any], device: str,
 
 
 @pytest.mark.benchmark(group="attention")
-def test_launch_choices_of_the_gpu(contest: Callable[..., Any], device: str) -> None:
+def test_the_same_bits_in_every_run(contest: Callable[..., Any], device: str) -> None:
     if device == "cpu":
-        pytest.skip("chooses between tiles of the GPU's kernel")
-    from pyeff.triton_kernels.attention import Config, attention
-
-    q, k, v, _ = problem(2, 8192, 16, 128, torch.bfloat16, device)
-    # None of these spills on sm_90.
-    tiles = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)]
-    functions = {f"tile {tile}": partial(attention, q, k, v, scale=128**-0.5, config=Config(*tile)) for tile in tiles}
-    functions["flash"] = partial(FORWARD, q, k, v, *options(q, "flash"))
-    contest(f"tile {tiles[0]}", functions, baseline="flash", flops=flops_of([q], 2), bound="flash")
-
-
-@pytest.mark.benchmark(group="attention")
-def test_launch_choices_of_the_backward(contest: Callable[..., Any], device: str) -> None:
-    if device == "cpu":
-        pytest.skip("chooses between tiles of the GPU's kernels")
-    from pyeff.triton_kernels.attention_backward import Config, attention_backward
-
-    q, k, v, grad_out = problem(2, 8192, 16, 128, torch.bfloat16, device)
-    out, lse = FORWARD(q, k, v, *options(q, "triton"))
-    # Of the queries' kernel, of the keys'; the last spills 8 bytes on sm_90, the others nothing.
-    pairs = [
-        ((128, 64, 8, 3), (32, 128, 8, 3)),
-        ((128, 32, 8, 3), (32, 128, 8, 3)),
-        ((128, 64, 8, 3), (64, 64, 8, 3)),
-        ((128, 64, 8, 3), (64, 128, 8, 3)),
-    ]
+        pytest.skip("compares forms of the GPU's kernels")
+    tensors = problem(2, 8192, 16, 128, torch.bfloat16, device)
+    q, k, v, grad_out = tensors
+    kept = FORWARD(q, k, v, *options(q, "triton"))
+    arguments = (grad_out, q, k, v, *kept, None, *options(q, "triton"))
     functions = {
-        f"tiles {pair}": partial(
-            attention_backward, grad_out, q, k, v, out, lse, scale=128**-0.5, configs=tuple(Config(*c) for c in pair)
-        )
-        for pair in pairs
+        "deterministic": partial(BACKWARD, *arguments, True),
+        "atomics": partial(BACKWARD, *arguments, False),
+        "flash": partial(BACKWARD, grad_out, q, k, v, *kept, None, *options(q, "flash")),
     }
-    functions["flash"] = partial(BACKWARD, grad_out, q, k, v, out, lse, None, *options(q, "flash"))
-    contest(f"tiles {pairs[0]}", functions, baseline="flash", flops=flops_of([q], 5), bound="flash")
+    contest("deterministic", functions, baseline="atomics", flops=flops_of(tensors, 5), bound="flash")
 
 
 @pytest.mark.benchmark(group="attention")

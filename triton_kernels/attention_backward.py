@@ -6,44 +6,49 @@ With P_ij = e^(S_ij - lse_i) for the keys j that query i sees, gradients dO of o
     delta_i = dO_i . out_i - dl_i,   dS = P * (dO V^T - delta) [* (1 - (S / c)^2)]
     dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO,    the last two summed over the heads that share a key head.
 
-Two launches. `query_gradients`: a program holds BM queries of one head and walks the keys they see, with a mask only
-where not all of them see all; it forms delta first and leaves it, with lse, for the other, in rows where every sample
-begins at a tile. `key_gradients`: a program holds BN keys of one key head and walks, for every query head of its group,
-the queries that see them. No atomics: the same bits in every run, at the price of forming S and dO V^T twice.
+`row_terms` forms delta and leaves it, with lse, in rows where every sample begins at a tile. Then one of two forms:
 
-Cost: 14 D FLOPs and two exponentials for each query, head and key it sees, where atomics would need 10 and one.
-Traffic from memory: q, dO, k and v twice, while those of a head stay in the L2 cache; out, dQ, dK, dV once. Dao 2023,
-arXiv:2307.08691, for the two walks.
+* deterministic: `query_gradients` walks keys and `key_gradients` walks queries, each a product of its own for S and for
+  dO V^T: 14 D FLOPs and two exponentials for each query, head and key it sees, the same bits in every run;
+* else: `key_gradients` alone, which adds to float32 sums of dQ by atomics: 10 D FLOPs and one exponential.
+
+Traffic from memory: q, dO, k and v once a kernel while those of a head stay in the L2 cache, out and dO once more for
+delta, dQ, dK, dV once; the sums of dQ are written, read and cleared, 12 bytes a number beside the atomics. Dao 2023,
+arXiv:2307.08691, for the walks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .attention_key_gradients import key_gradients
+from .attention_query_gradients import query_gradients
 from .attention_tiles import (
     LOG2_E,
     NEVER,
     WIDEST_WINDOW,
     borders,
+    common_flags,
     dense,
+    extent,
     find_tile,
-    keys_of,
     load_rows,
-    offset_type,
     padded_head_size,
-    precision,
-    queries_of,
-    sample_of,
     scales,
-    sees,
     strides,
     tiles_of,
+    token_at,
 )
-from .common import INFINITE, capability_of, on_device_of, tanh_and_slope
+from .common import INFINITE, capability_of, offset_type, on_device_of
+
+# Queries of a tile of rows: a multiple of every kernel's tile.
+ROWS = 128
+ROWS_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -56,380 +61,108 @@ class Config:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class Configs:
+    """Launch choices of a backward: of `query_gradients`, or None for the form with atomics, and of `key_gradients`."""
+
+    queries: Config | None
+    keys: Config
+
+
+# What `benchmarks/tune_attention.py` printed, for 16-bit inputs without window or softcap: the fastest choices by
+# compute capability, padded head size and whether the form is deterministic. Empty: nothing timed on a GPU yet.
+MEASURED: dict[tuple[tuple[int, int], int, bool], Configs] = {}
+
+
 def pick_configs(
-    head_size: int, dtype: torch.dtype, window: bool, softcap: bool, capability: tuple[int, int]
-) -> tuple[Config, Config]:
-    """Of `query_gradients` and `key_gradients`, by what registers and shared memory hold, as compiled; none of it has
-    been timed on a GPU yet."""
+    head_size: int, dtype: torch.dtype, window: bool, softcap: bool, capability: tuple[int, int], deterministic: bool
+) -> Configs:
+    """As measured, else by what registers and shared memory hold, as compiled."""
     wide = padded_head_size(head_size)
+    if dtype != torch.float32 and not window and not softcap and (capability, wide, deterministic) in MEASURED:
+        return MEASURED[capability, wide, deterministic]
+    keys = _pick_for_keys(wide, dtype, softcap, capability, deterministic)
+    return Configs(_pick_for_queries(wide, dtype, window, capability) if deterministic else None, keys)
+
+
+def _pick_for_queries(wide: int, dtype: torch.dtype, window: bool, capability: tuple[int, int]) -> Config:
     if dtype == torch.float32:
         # Exact float32 products run on the plain cores and keep both operands in registers.
-        return (Config(32, 32, 8, 3), Config(32, 32, 8, 3)) if wide <= 64 else (Config(16, 16, 8, 3),) * 2
-    if capability[0] in (9, 10):
-        if wide <= 64:
-            return Config(128, 64, 8, 3), Config(64, 128, 8, 3)
-        if wide == 128:
-            # `key_gradients` with 64 queries spills 8 bytes, `query_gradients` with a window and 64 keys 48; the
-            # softcap's slope takes as many registers as the logits.
-            return Config(128, 32 if window else 64, 8, 3), Config(
-                32, 64 if softcap or capability[0] == 10 else 128, 8, 3
-            )
-        # Two accumulators of 64 keys do not fit, and 32 are too few for wgmma.
-        return Config(64, 32, 8, 3), Config(32, 32, 8, 3)
+        return Config(32, 32, 8, 3) if wide <= 64 else Config(16, 16, 8, 3)
     if wide <= 64:
-        return Config(128, 64, 8, 3), Config(64, 128, 8, 3)
+        return Config(128, 64, 8, 3)
+    if capability[0] in (9, 10):
+        # A window with 64 keys spills 48 bytes.
+        return Config(128, 32 if window else 64, 8, 3) if wide == 128 else Config(64, 32, 8, 3)
     if wide == 128:
+        return Config(64, 64, 8, 3) if capability == (8, 0) else Config(128, 32, 8, 3)
+    return Config(32, 32, 8, 3)
+
+
+def _pick_for_keys(
+    wide: int, dtype: torch.dtype, softcap: bool, capability: tuple[int, int], deterministic: bool
+) -> Config:
+    if dtype == torch.float32:
+        return Config(32, 32, 8, 3) if wide <= 64 else Config(16, 16, 8, 3)
+    if wide <= 64:
+        # With 128 keys and dq as well, mma.sync spills 8 bytes.
+        return Config(64, 128 if deterministic or capability >= (9, 0) else 64, 8, 3)
+    if wide == 128:
+        if capability[0] in (9, 10):
+            # Two accumulators of 128 keys take half of all registers: with 64 queries 26 numbers a thread spill. The
+            # softcap's slope takes as many registers as the logits.
+            return Config(32, 64 if softcap or capability[0] == 10 else 128, 8, 3)
         # The second keeps to the 100 KB of shared memory that sm_86, sm_89 and sm_120 have.
-        if capability == (8, 0):
-            return Config(64, 64, 8, 3), Config(64, 64, 8, 3)
-        return Config(128, 32, 8, 3), Config(32, 64, 8, 3)
-    return Config(32, 32, 8, 3), Config(32, 32, 8, 3)
+        return Config(64, 64, 8, 3) if capability == (8, 0) else Config(32, 64, 8, 3)
+    # Two accumulators of 64 keys do not fit, and 32 are too few for wgmma. With dq, three stages take 129 KB.
+    return Config(32, 32, 8, 3 if deterministic or capability == (8, 0) or capability[0] in (9, 10) else 2)
 
 
 @triton.jit
-def probabilities(b_dot, b_lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """P from scale log2(e) (or scale / softcap and softcap log2(e)) and lse log2(e); the slope of the softcap, or 1."""
-    if HAS_SOFTCAP:
-        b_tanh, b_slope = tanh_and_slope(b_dot * scale)
-        b_p = tl.exp2(b_tanh * softcap - b_lse)
-    else:
-        b_slope = 1.0
-        b_p = tl.exp2(b_dot * scale - b_lse)
-    return b_p, b_slope
-
-
-@triton.jit
-def walk_keys(
-    b_dq,
-    b_q,
-    b_g,
-    b_lse,
-    b_delta,
-    p_k,
-    p_v,
-    o_k,
-    o_v,
-    s_kt,
-    s_vt,
-    o_position,
-    begin,
-    end,
-    length_k,
-    window,
-    scale,
-    softcap,
-    D,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    r_n = tl.arange(0, BN)
-    r_d = tl.arange(0, BD)
-    for n in range(begin, end, BN):
-        b_k = load_rows(p_k + tl.full([], n, tl.int64) * s_kt, o_k, r_n, length_k - n, r_d, D, MASKED, EVEN_D)
-        b_v = load_rows(p_v + tl.full([], n, tl.int64) * s_vt, o_v, r_n, length_k - n, r_d, D, MASKED, EVEN_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        b_p, b_slope = probabilities(b_s, b_lse[:, None], scale, softcap, HAS_SOFTCAP)
-        if MASKED:
-            m_s = sees(o_position[:, None], (n + r_n)[None, :], length_k, window, CAUSAL, HAS_WINDOW)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
-        b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)  # [BM, BD]
-    return b_dq
-
-
-@triton.jit
-def query_gradients(
-    p_q,
-    p_k,
-    p_v,
+def row_terms(
     p_out,
     p_grad,
     p_lse,
     p_grad_lse,
     p_rows,
-    p_dq,
     p_cu_q,
-    p_cu_k,
-    scale,
-    softcap,
-    factor,
-    window,
     S,
     steps,
     tiles,
     T,
-    U,
     H,
     D,
-    HEADS_PER_KEY,
-    s_qb,
-    s_qt,
-    s_qh,
-    s_kb,
-    s_kt,
-    s_kh,
-    s_vb,
-    s_vt,
-    s_vh,
-    s_gb,
-    s_gt,
-    s_gh,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    s_g,
+    BLOCK: tl.constexpr,
     BD: tl.constexpr,
     OFFSET: tl.constexpr,
     PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
     EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    # The last queries of a causal sample see most.
-    i = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h, i_s, start_q, length_q, first = find_tile(i, p_cu_q, S, steps, tiles, T, H, BM, PACKED)
-    start_k, length_k = sample_of(i_s, p_cu_k, U, PACKED)
-    i_g = i_h // HEADS_PER_KEY
-
-    r_m = tl.arange(0, BM)
-    r_n = tl.arange(0, BN)
+    i = tl.program_id(0)
+    i_b, i_h, _, start, length, first = find_tile(i, p_cu_q, S, steps, tiles, T, H, BLOCK, PACKED)
+    r_m = tl.arange(0, BLOCK)
     r_d = tl.arange(0, BD)
-    o_q = r_m.to(OFFSET)[:, None] * s_qt + r_d[None, :]  # [BM, BD]
-    o_g = r_m.to(OFFSET)[:, None] * s_gt + r_d[None, :]  # [BM, BD]
-    o_k = r_n.to(OFFSET)[:, None] * s_kt + r_d[None, :]  # [BN, BD]
-    o_v = r_n.to(OFFSET)[:, None] * s_vt + r_d[None, :]  # [BN, BD]
-    b_64 = tl.full([], i_b, tl.int64)
-    h_64 = tl.full([], i_h, tl.int64)
-    g_64 = tl.full([], i_g, tl.int64)
-    token = start_q + first
-    p_q += b_64 * s_qb + token * s_qt + h_64 * s_qh
-    p_grad += b_64 * s_gb + token * s_gt + h_64 * s_gh
-    p_k += b_64 * s_kb + start_k * s_kt + g_64 * s_kh
-    p_v += b_64 * s_vb + start_k * s_vt + g_64 * s_vh
-    # out and dq: [B, T, H, D] or [N, H, D]; lse, its gradient and delta: [B, H, T] or [H, N]
+    o_g = r_m.to(OFFSET)[:, None] * s_g[1] + r_d[None, :]  # [BLOCK, BD]
+    b_64, h_64 = tl.full([], i_b, tl.int64), tl.full([], i_h, tl.int64)
+    token = start + first
+    # out: [B, T, H, D] or [N, H, D]; lse, its gradient and delta: [B, H, T] or [H, N]
     o_out = ((b_64 * T + token) * H + h_64) * D + (r_m.to(tl.int64) * H * D)[:, None] + r_d[None, :]
     o_lse = (b_64 * H + h_64) * T + token + r_m
-
-    m_m = first + r_m < length_q
-    m_out = m_m[:, None] & (r_d < D)[None, :]
-    b_q = load_rows(p_q, o_q, r_m, length_q - first, r_d, D, True, EVEN_D)  # [BM, BD]
-    b_g = load_rows(p_grad, o_g, r_m, length_q - first, r_d, D, True, EVEN_D)  # [BM, BD]
-    b_out = tl.load(p_out + o_out, mask=m_out, other=0.0)
+    b_g = load_rows(token_at(p_grad, s_g, i_b, token, i_h), o_g, r_m, length - first, r_d, D, True, EVEN_D)
+    b_out = load_rows(p_out, o_out, r_m, length - first, r_d, D, True, EVEN_D)
     b_delta = tl.sum(b_g.to(tl.float32) * b_out.to(tl.float32), 1)
+    m_m = first + r_m < length
     if HAS_GRAD_LSE:
         b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
     # Infinite where there is no query or it sees nothing, so that P is 0; in units of log 2.
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INFINITE)
     b_lse = tl.where(b_lse == NEVER, INFINITE, b_lse * LOG2_E)
-    # rows: [2, B, H, tiles * BM] or [2, H, tiles * BM], lse and delta with every sample beginning at a tile
-    p_row = p_rows + tl.full([], i, tl.int64) * BM + r_m
+    # rows: [2, B, H, tiles * BLOCK] or [2, H, tiles * BLOCK]
+    p_row = p_rows + tl.full([], i, tl.int64) * BLOCK + r_m
     tl.store(p_row, b_lse)
-    tl.store(p_row + tl.full([], tl.num_programs(0), tl.int64) * BM, b_delta)
-
-    b_dq = tl.zeros([BM, BD], tl.float32)
-    o_position = first + r_m + length_k - length_q
-    begin, plain, plain_end, end = keys_of(first, length_q, length_k, window, BM, BN, CAUSAL, HAS_WINDOW)
-    if HAS_WINDOW:
-        b_dq = walk_keys(
-            b_dq,
-            b_q,
-            b_g,
-            b_lse,
-            b_delta,
-            p_k,
-            p_v,
-            o_k,
-            o_v,
-            s_kt,
-            s_vt,
-            o_position,
-            begin,
-            tl.minimum(plain, end),
-            length_k,
-            window,
-            scale,
-            softcap,
-            D,
-            BN,
-            BD,
-            EVEN_D,
-            CAUSAL,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            True,
-            PRECISION,
-        )
-    b_dq = walk_keys(
-        b_dq,
-        b_q,
-        b_g,
-        b_lse,
-        b_delta,
-        p_k,
-        p_v,
-        o_k,
-        o_v,
-        s_kt,
-        s_vt,
-        o_position,
-        plain,
-        plain_end,
-        length_k,
-        window,
-        scale,
-        softcap,
-        D,
-        BN,
-        BD,
-        EVEN_D,
-        CAUSAL,
-        HAS_WINDOW,
-        HAS_SOFTCAP,
-        False,
-        PRECISION,
-    )
-    b_dq = walk_keys(
-        b_dq,
-        b_q,
-        b_g,
-        b_lse,
-        b_delta,
-        p_k,
-        p_v,
-        o_k,
-        o_v,
-        s_kt,
-        s_vt,
-        o_position,
-        plain_end,
-        end,
-        length_k,
-        window,
-        scale,
-        softcap,
-        D,
-        BN,
-        BD,
-        EVEN_D,
-        CAUSAL,
-        HAS_WINDOW,
-        HAS_SOFTCAP,
-        True,
-        PRECISION,
-    )
-    tl.store(p_dq + o_out, (b_dq * factor).to(p_dq.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def key_gradients(
-    p_q,
-    p_k,
-    p_v,
-    p_grad,
-    p_rows,
-    p_dk,
-    p_dv,
-    p_cu_q,
-    p_cu_k,
-    scale,
-    softcap,
-    factor,
-    window,
-    S,
-    steps,
-    tiles,
-    row_tiles,
-    T,
-    U,
-    G,
-    D,
-    HEADS_PER_KEY,
-    s_qb,
-    s_qt,
-    s_qh,
-    s_kb,
-    s_kt,
-    s_kh,
-    s_vb,
-    s_vt,
-    s_vh,
-    s_gb,
-    s_gt,
-    s_gh,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BD: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # The first keys of a causal sample are seen by most.
-    i_b, i_g, i_s, start_k, length_k, first = find_tile(tl.program_id(0), p_cu_k, S, steps, tiles, U, G, BN, PACKED)
-    start_q, length_q = sample_of(i_s, p_cu_q, T, PACKED)
-
-    r_m = tl.arange(0, BM)
-    r_n = tl.arange(0, BN)
-    r_d = tl.arange(0, BD)
-    o_q = r_m.to(OFFSET)[:, None] * s_qt + r_d[None, :]  # [BM, BD]
-    o_g = r_m.to(OFFSET)[:, None] * s_gt + r_d[None, :]  # [BM, BD]
-    o_k = r_n.to(OFFSET)[:, None] * s_kt + r_d[None, :]  # [BN, BD]
-    o_v = r_n.to(OFFSET)[:, None] * s_vt + r_d[None, :]  # [BN, BD]
-    b_64 = tl.full([], i_b, tl.int64)
-    g_64 = tl.full([], i_g, tl.int64)
-    token = start_k + first
-    p_k += b_64 * s_kb + token * s_kt + g_64 * s_kh
-    p_v += b_64 * s_vb + token * s_vt + g_64 * s_vh
-    b_k = load_rows(p_k, o_k, r_n, length_k - first, r_d, D, True, EVEN_D)  # [BN, BD]
-    b_v = load_rows(p_v, o_v, r_n, length_k - first, r_d, D, True, EVEN_D)  # [BN, BD]
-
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
-    o_key = first + r_n
-    offset = length_k - length_q
-    # lse and delta as `query_gradients` left them, by tiles of BLOCK queries
-    first_row_tile = start_q // BLOCK + i_s if PACKED else tl.full([], 0, tl.int64)
-    s_rows = tl.full([], row_tiles, tl.int64) * BLOCK * (tl.num_programs(0) // tiles * HEADS_PER_KEY)
-    begin, end = queries_of(first, length_q, length_k, window, BM, BN, CAUSAL, HAS_WINDOW)
-    # The query heads of the group, one after the other, in one loop: nested ones spill.
-    walk = tl.cdiv(end - begin, BM)
-    for j in range(0, walk * HEADS_PER_KEY):
-        m = tl.multiple_of(begin + j % walk * BM, BM)
-        h_64 = g_64 * HEADS_PER_KEY + j // walk
-        p_q_h = p_q + b_64 * s_qb + (start_q + m) * s_qt + h_64 * s_qh
-        p_g_h = p_grad + b_64 * s_gb + (start_q + m) * s_gt + h_64 * s_gh
-        b_q = load_rows(p_q_h, o_q, r_m, length_q - m, r_d, D, True, EVEN_D)  # [BM, BD]
-        b_g = load_rows(p_g_h, o_g, r_m, length_q - m, r_d, D, True, EVEN_D)  # [BM, BD]
-        p_row = p_rows + ((b_64 * G * HEADS_PER_KEY + h_64) * row_tiles + first_row_tile) * BLOCK + m + r_m
-        b_lse = tl.load(p_row)
-        b_delta = tl.load(p_row + s_rows)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-        b_p, b_slope = probabilities(b_s, b_lse[None, :], scale, softcap, HAS_SOFTCAP)
-        if CAUSAL or HAS_WINDOW:
-            m_s = sees((m + r_m + offset)[None, :], o_key[:, None], length_k, window, CAUSAL, HAS_WINDOW)
-            b_p = tl.where(m_s, b_p, 0.0)
-        b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)  # [BN, BD]
-        b_dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)  # [BN, BM]
-        b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)  # [BN, BD]
-
-    # dk and dv: [B, U, G, D] or [M, G, D]
-    m_out = (o_key < length_k)[:, None] & (r_d < D)[None, :]
-    o_out = ((b_64 * U + token) * G + g_64) * D + (r_n.to(tl.int64) * G * D)[:, None] + r_d[None, :]
-    tl.store(p_dk + o_out, (b_dk * factor).to(p_dk.dtype.element_ty), mask=m_out)
-    tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=m_out)
+    tl.store(p_row + tl.full([], tl.num_programs(0), tl.int64) * BLOCK, b_delta)
 
 
 def attention_backward(
@@ -447,71 +180,89 @@ def attention_backward(
     cu_seqlens_k: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    configs: tuple[Config, Config] | None = None,
+    deterministic: bool = False,
+    configs: Configs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, contiguous, in the dtypes of q, k and v, from what `attention` returned.
 
-    `configs` are of `query_gradients` and `key_gradients`; the second's queries of a tile divide the first's. Beside
-    the results: lse and delta, 8 bytes for each query and head, more where samples are short. float32 products are
-    exact unless torch.backends.cuda.matmul.allow_tf32.
+    Beside the results: lse and delta, 8 bytes for each query and head, more where samples are short; unless
+    `deterministic`, dq in float32 too. `configs` override that choice. float32 products are exact unless
+    torch.backends.cuda.matmul.allow_tf32.
     """
     grad_out, q, k, v = (dense(t) for t in (grad_out, q, k, v))
     out, lse = out.contiguous(), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     packed = cu_seqlens is not None
     heads, head_size = q.shape[-2:]
-    key_heads = k.shape[-2]
-    of_queries, of_keys = configs or pick_configs(
-        head_size, q.dtype, window is not None, softcap is not None, capability_of(q)
+    key_heads, batch = k.shape[-2], 1 if packed else q.shape[0]
+    capability = capability_of(q)
+    configs = configs or pick_configs(
+        head_size, q.dtype, window is not None, softcap is not None, capability, deterministic
     )
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     cu_q, cu_k = borders(q.device, cu_seqlens, cu_seqlens_k)
-    batch = 1 if packed else q.shape[0]
-    numbers = (*scales(scale, softcap), scale, 0 if window is None else min(window, WIDEST_WINDOW))
     samples = cu_seqlens.numel() - 1 if cu_seqlens is not None else 0
-    shapes = (q.shape[-3], k.shape[-3])
-    every_stride = [s for t in (q, k, v, grad_out) for s in strides(t, cu_seqlens)]
-    flags = {
-        "BD": padded_head_size(head_size),
-        "PACKED": packed,
-        "CAUSAL": causal,
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "EVEN_D": head_size == padded_head_size(head_size),
-        "PRECISION": precision(),
-    }
+    row_tiles, row_steps = tiles_of(q, cu_seqlens, ROWS)
+    rows = torch.empty(2, batch * heads * row_tiles * ROWS, dtype=torch.float32, device=q.device)
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    flags = common_flags(head_size, causal=causal, window=window, softcap=softcap, packed=packed)
+    numbers = (*scales(scale, softcap), scale, 0 if window is None else min(window, WIDEST_WINDOW), samples)
+    every_stride = [strides(t, cu_seqlens) for t in (q, k, v, grad_out)]
+
+    def common(config: Config) -> dict[str, Any]:
+        offset = offset_type(*(extent(t, max(config.bm, config.bn)) for t in (q, k, v, grad_out)))
+        launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        return flags | launch | {"BM": config.bm, "BN": config.bn, "BLOCK": ROWS, "OFFSET": offset}
+
     with on_device_of(q):
-        row_tiles, steps = tiles_of(q, cu_seqlens, of_queries.bm)
-        rows = torch.empty(2, batch * heads * row_tiles * of_queries.bm, dtype=torch.float32, device=q.device)
-        query_gradients[(row_tiles * heads * batch,)](
-            q,
-            k,
-            v,
+        row_terms[(row_tiles * heads * batch,)](
             out,
             grad_out,
             lse,
-            grad_lse if grad_lse is None else grad_lse.contiguous(),
+            grad_lse,
             rows,
-            dq,
             cu_q,
-            cu_k,
-            *numbers,
             samples,
-            steps,
+            row_steps,
             row_tiles,
-            *shapes,
+            q.shape[-3],
             heads,
             head_size,
-            heads // key_heads,
-            *every_stride,
-            BM=of_queries.bm,
-            BN=of_queries.bn,
-            OFFSET=offset_type(max(of_queries.bm, of_queries.bn), q, k, v, grad_out),
+            every_stride[3],
+            BLOCK=ROWS,
+            OFFSET=offset_type(extent(grad_out, ROWS)),
             HAS_GRAD_LSE=grad_lse is not None,
-            num_warps=of_queries.num_warps,
-            num_stages=of_queries.num_stages,
-            **flags,
+            num_warps=ROWS_WARPS,
+            **{name: flags[name] for name in ("BD", "PACKED", "EVEN_D")},
         )
-        tiles, steps = tiles_of(k, cu_seqlens, of_keys.bn)
+        if configs.queries is not None:
+            tiles, steps = tiles_of(q, cu_seqlens, configs.queries.bm)
+            query_gradients[(tiles * heads * batch,)](
+                q,
+                k,
+                v,
+                grad_out,
+                rows,
+                dq,
+                cu_q,
+                cu_k,
+                *numbers,
+                steps,
+                tiles,
+                row_tiles,
+                q.shape[-3],
+                k.shape[-3],
+                heads,
+                head_size,
+                heads // key_heads,
+                *every_stride,
+                **common(configs.queries),
+            )
+        sums = None
+        if configs.queries is None:
+            by_head = (*q.shape[:-3], heads, q.shape[-3], padded_head_size(head_size))
+            sums = torch.zeros(by_head, dtype=torch.float32, device=q.device)
+        tiles, steps = tiles_of(k, cu_seqlens, configs.keys.bn)
         key_gradients[(tiles * key_heads * batch,)](
             q,
             k,
@@ -520,24 +271,25 @@ def attention_backward(
             rows,
             dk,
             dv,
+            sums,
             cu_q,
             cu_k,
             *numbers,
-            samples,
             steps,
             tiles,
             row_tiles,
-            *shapes,
+            q.shape[-3],
+            k.shape[-3],
             key_heads,
             head_size,
             heads // key_heads,
             *every_stride,
-            BM=of_keys.bm,
-            BN=of_keys.bn,
-            BLOCK=of_queries.bm,
-            OFFSET=offset_type(max(of_keys.bm, of_keys.bn), q, k, v, grad_out),
-            num_warps=of_keys.num_warps,
-            num_stages=of_keys.num_stages,
-            **flags,
+            EDGE=min(configs.keys.bm, 32),
+            ADDS_DQ=sums is not None,
+            # Only wgmma takes its first operand from shared memory.
+            FROM_SHARED=capability >= (9, 0) and q.dtype != torch.float32 and head_size <= 128,
+            **common(configs.keys),
         )
+        if sums is not None:
+            torch.mul(sums.transpose(-3, -2)[..., :head_size], scale, out=dq)
     return dq, dk, dv

@@ -3,15 +3,21 @@
 q is [B, T, H, D] or packed [N, H, D], k and v likewise. Packed samples are cut into tiles of a BLOCK of tokens so that
 the grid is known without reading their borders back: those of sample s begin at tile borders[s] // BLOCK + s of
 N // BLOCK + S, which leaves each at least as many as it needs; the others find nothing to do.
+
+Logits are u f in units of log 2, where f is a number and u is what the product gave, or the softcap's tanh of it: so an
+exponential costs one fused multiply-add and one exp2.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import sent_to, tanh_and_slope
+from .common import describable, sent_to, tanh_and_slope
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -70,7 +76,7 @@ def keys_of(
     HAS_WINDOW: tl.constexpr,
 ):
     """Where the walk over keys begins, where its plain part does, where that ends, and the end; multiples of BN but for
-    the last. The tile's queries are first .. first + BM - 1."""
+    the last. The tile's queries are first .. first + BM - 1, and all of them see the keys of the plain part."""
     position = first + length_k - length_q
     last_position = tl.minimum(first + BM, length_q) - 1 + length_k - length_q
     begin = 0
@@ -101,23 +107,32 @@ def queries_of(
     window,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    EDGE: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Where the walk over queries begins, a multiple of BM, and ends. The tile's keys are first .. first + BN - 1."""
+    """Where the walk over queries begins, a multiple of EDGE, where its plain part does and ends, multiples of BM, and
+    the end. The tile's keys are first .. first + BN - 1, and the queries of the plain part see all of them."""
     offset = length_k - length_q
     last = tl.minimum(first + BN, length_k) - 1
     begin = 0
+    plain = 0
     end = length_q
+    plain_end = length_q
     if HAS_WINDOW:
         begin = first - offset - window + 1
+        plain = last - offset - window + 1
         end = tl.minimum(end, last - offset + window)
+        plain_end = tl.minimum(plain_end, first - offset + window)
     if CAUSAL:
         begin = first - offset
-    # A tile past the end of its sample has nothing to walk.
+        plain = last - offset
+    # A tile past the end of its sample has nothing to walk, and one across it needs a mask throughout.
     end = tl.where(first < length_k, tl.maximum(end, 0), 0)
-    begin = tl.minimum(tl.maximum(begin, 0), end) // BM * BM
-    return begin, end
+    plain_end = tl.where(first + BN <= length_k, tl.maximum(plain_end, 0), 0)
+    begin = tl.minimum(tl.maximum(begin, 0), end) // EDGE * EDGE
+    plain = tl.minimum(tl.cdiv(tl.maximum(plain, 0), BM) * BM, tl.cdiv(end, EDGE) * EDGE)
+    return begin, plain, tl.maximum(plain, plain_end // BM * BM), end
 
 
 @triton.jit
@@ -131,6 +146,12 @@ def sees(o_position, o_key, length_k, window, CAUSAL: tl.constexpr, HAS_WINDOW: 
         if not CAUSAL:
             m = m & (o_key < o_position + window)
     return m
+
+
+@triton.jit
+def token_at(p, strides, i_b, token, i_h):
+    """Where a token of a batch element and head lies, in 64 bits."""
+    return p + tl.full([], i_b, tl.int64) * strides[0] + token * strides[1] + tl.full([], i_h, tl.int64) * strides[2]
 
 
 @triton.jit
@@ -150,14 +171,30 @@ def load_rows(p, o, r_row, rows, r_d, D, MASKED: tl.constexpr, EVEN_D: tl.conste
 
 
 @triton.jit
-def logits(b_dot, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Logits in units of log 2 from scale log2(e), or from scale / softcap and softcap log2(e)."""
+def capped(b_dot, scale, HAS_SOFTCAP: tl.constexpr):
+    """u, and the slope of tanh or 1."""
     if HAS_SOFTCAP:
-        b_tanh, _ = tanh_and_slope(b_dot * scale)
-        b_s = b_tanh * softcap
+        b_u, b_slope = tanh_and_slope(b_dot * scale)
     else:
-        b_s = b_dot * scale
-    return b_s
+        b_u = b_dot
+        b_slope = 1.0
+    return b_u, b_slope
+
+
+@triton.jit
+def probabilities(b_dot, b_lse, scale, factor, HAS_SOFTCAP: tl.constexpr):
+    """P from lse in units of log 2, and the slope of the softcap or 1."""
+    b_u, b_slope = capped(b_dot, scale, HAS_SOFTCAP)
+    return tl.exp2(tl.fma(b_u, factor, -b_lse)), b_slope
+
+
+@triton.jit
+def padded_start(start, i_s, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """Where a sample begins in rows in which every sample begins at a tile."""
+    row = tl.full([], 0, tl.int64)
+    if PACKED:
+        row = (start // BLOCK + i_s) * BLOCK
+    return row
 
 
 def padded_head_size(head_size: int) -> int:
@@ -189,8 +226,8 @@ def tiles_of(t: torch.Tensor, cu_seqlens: torch.Tensor | None, block: int) -> tu
 
 
 def scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What `logits` multiplies by."""
-    return (scale * LOG2_E.value, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E.value)
+    """What `capped` multiplies by, and f."""
+    return (1.0, scale * LOG2_E.value) if softcap is None else (scale / softcap, softcap * LOG2_E.value)
 
 
 def strides(t: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, int, int]:
@@ -198,11 +235,31 @@ def strides(t: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, int,
     return (0 if cu_seqlens is not None else t.stride(0), t.stride(-3), t.stride(-2))
 
 
-def offset_type(rows: int, *tensors: torch.Tensor) -> tl.dtype:
-    """The integer that holds the offsets within a tile."""
-    return tl.int32 if all(rows * t.stride(-3) + t.shape[-1] < 2**31 for t in tensors) else tl.int64
+def descriptor(t: torch.Tensor, rows: int, capability: tuple[int, int]) -> TensorDescriptor | None:
+    """Of [batch, heads, tokens, D], for tiles of so many tokens of one head; None where none can stand for it, and
+    before sm_90, where no unit reads by descriptor."""
+    by_head = (t if t.ndim == 4 else t.unsqueeze(0)).transpose(1, 2)
+    if capability < (9, 0) or not describable(by_head):
+        return None
+    block = [1, 1, rows, padded_head_size(t.shape[-1])]
+    return TensorDescriptor(by_head, list(by_head.shape), list(by_head.stride()), block)
 
 
-def precision() -> str:
-    """How float32 is multiplied."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def extent(t: torch.Tensor, rows: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A tile of so many tokens of one head, for `offset_type`."""
+    return t, (*(0,) * (t.ndim - 3), rows, 0, t.shape[-1])
+
+
+def common_flags(
+    head_size: int, *, causal: bool, window: int | None, softcap: float | None, packed: bool
+) -> dict[str, Any]:
+    """Constants that every kernel of attention takes."""
+    return {
+        "BD": padded_head_size(head_size),
+        "PACKED": packed,
+        "CAUSAL": causal,
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "EVEN_D": head_size == padded_head_size(head_size),
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }

@@ -59,3 +59,21 @@ def sent_to(device: torch.device, table: torch.Tensor) -> torch.Tensor:
     if device.type == "cuda" and table.device.type == "cpu":
         table = table.pin_memory()
     return table.to(device, non_blocking=True)
+
+
+def offset_type(*tiles: tuple[torch.Tensor, tuple[int, ...]]) -> tl.dtype:
+    """The integer that holds the offsets within tiles: of each, the tensor and the extent along every dimension."""
+    spans = (sum(n * stride for n, stride in zip(size, t.stride(), strict=True)) for t, size in tiles)
+    return tl.int32 if max(spans) < 2**31 else tl.int64
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for `tensor`: rows of adjacent elements that begin aligned."""
+    aligned = 16 // tensor.element_size()
+    return (
+        tensor.stride(-1) == 1
+        and all(stride >= tensor.shape[-1] and stride % aligned == 0 for stride in tensor.stride()[:-1])
+        and tensor.data_ptr() % 16 == 0
+        and tensor.numel() > 0
+        and max(tensor.shape) < 2**31
+    )

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -224,6 +224,7 @@ class _Call:
     cu_k: Tensor | None
     longest_q: int
     longest_k: int
+    deterministic: bool = False
 
 
 def gpu_forward(
@@ -272,10 +273,11 @@ def gpu_backward(
     cu_seqlens_k: Tensor | None,
     window: int | None,
     softcap: float | None,
+    deterministic: bool,
 ) -> Grads:
     """The gradients by that kernel's own backward."""
     pack = _Pack.of(q, k, cu_seqlens, cu_seqlens_k)
-    call = pack.call(causal, scale, window, softcap)
+    call = replace(pack.call(causal, scale, window, softcap), deterministic=deterministic)
     if pack.longest_q == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     if pack.more_queries:
@@ -410,7 +412,7 @@ def _flash_attn_2_backward(
     module, options = _module("flash_attn_2"), _flash_attn_2_options(call)
     run = module._flash_attn_backward if call.cu_q is None else module._flash_attn_varlen_backward
     dq, dk, dv = _empty_like(q, k, v)
-    run(grad_out, q, k, v, out, lse, dq, dk, dv, **options, deterministic=_deterministic())
+    run(grad_out, q, k, v, out, lse, dq, dk, dv, **options, deterministic=call.deterministic)
     return dq, dk, dv
 
 
@@ -439,7 +441,7 @@ def _flash_attn_3_backward(
 ) -> Grads:
     dq, dk, dv = _empty_like(q, k, v)
     options: dict[str, Any] = {"softmax_scale": call.scale, "is_causal": call.causal, "softcap": call.softcap}
-    options |= {"window_size_left": call.left, "window_size_right": call.right, "deterministic": _deterministic()}
+    options |= {"window_size_left": call.left, "window_size_right": call.right, "deterministic": call.deterministic}
     _module("flash_attn_3")._flash_attn_backward(
         grad_out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **options, **_borders(call)
     )
@@ -453,7 +455,7 @@ def _flash_attn_4_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple
 def _flash_attn_4_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
 ) -> Grads:
-    options = _flash_attn_4_options(call) | {"deterministic": _deterministic()}
+    options = _flash_attn_4_options(call) | {"deterministic": call.deterministic}
     return _module("flash_attn_4")._flash_attn_bwd(q, k, v, out, grad_out, lse, **options)[:3]
 
 
@@ -482,10 +484,6 @@ def _borders(call: _Call) -> dict[str, Any]:
 
 def _empty_like(*tensors: Tensor) -> list[Tensor]:
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
-
-
-def _deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled()
 
 
 _FORWARD: dict[str, Callable[[Tensor, Tensor, Tensor, _Call], tuple[Tensor, Tensor]]] = {
@@ -519,7 +517,15 @@ def gpu_problem(impl: str) -> str | None:
 
 
 def gpu_limits(
-    impl: str, q: Tensor, k: Tensor, *, causal: bool, packed: bool, window: int | None, softcap: float | None
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    packed: bool,
+    window: int | None,
+    softcap: float | None,
+    deterministic: bool,
 ) -> str | None:
     """Why the kernel `impl` for GPUs cannot take these arguments, or None."""
     head_size, capability = q.shape[-1], torch.cuda.get_device_capability(q.device)
@@ -534,6 +540,8 @@ def gpu_limits(
         return "it has no softcap"
     if impl == "flash" and head_size > 192 and capability in ((8, 6), (8, 9), (12, 0)):
         return f"its backward needs an A100 or H100 for head sizes above 192, and q has {head_size}"
+    if impl == "flash" and deterministic and not torch.are_deterministic_algorithms_enabled():
+        return "its backward is deterministic only under torch.use_deterministic_algorithms"
     if impl == "flash_attn_3" and capability[0] != 9:
         return "it needs a Hopper GPU"
     if impl == "flash_attn_4" and capability[0] not in (9, 10):
@@ -547,6 +555,6 @@ def gpu_limits(
             return "its causal mask meets the first key, not the last"
         if q.shape[1] == 1 or k.shape[1] == 1:
             return "it does not take a single token"
-        if _deterministic():
-            return "its backward is not deterministic, which torch.use_deterministic_algorithms asks for"
+        if deterministic:
+            return "its backward is not deterministic, which was asked for"
     return None

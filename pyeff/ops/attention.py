@@ -50,6 +50,7 @@ def attention(
     window: int | None = ...,
     softcap: float | None = ...,
     return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
     impl: str = ...,
 ) -> Tensor: ...
 
@@ -67,6 +68,7 @@ def attention(
     window: int | None = ...,
     softcap: float | None = ...,
     return_lse: Literal[True],
+    deterministic: bool = ...,
     impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -83,6 +85,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of heads in groups, over padded or packed samples, exact and differentiable.
@@ -112,9 +115,11 @@ def attention(
     (plain torch, which forms all of S). On a GPU of compute capability 9: "flash_attn_3", "flash_attn_4", "cudnn",
     "triton", "flash_attn_2", "flash" (torch's), "reference"; on 8: "flash_attn_2", "flash", "triton"; on 10:
     "flash_attn_4", "cudnn", "triton", "flash_attn_2", "flash". That order is an estimate from published speeds, not
-    measured yet. An explicit one runs, forward and backward, or raises `RuntimeError` with the reason. "triton",
-    "cpu" and "reference" give the same bits in every run on the same device; of the others those that cannot are not
-    chosen, or told, under `torch.use_deterministic_algorithms`.
+    measured yet. An explicit one runs, forward and backward, or raises `RuntimeError` with the reason.
+
+    `deterministic`, or `torch.use_deterministic_algorithms(True)`, asks for the same bits in every run on the same
+    device. "cpu" and "reference" always give them, "triton" by a backward of 14 D FLOPs instead of 10, the flash-attn
+    packages by one of their own; the others are not chosen. Without it, sums of dq may differ in their last bits.
 
     Raises `TypeError` or `ValueError` for arguments that do not fit together. Borders on a GPU are read back for that
     at their first use, which waits for the stream; borders on the CPU never do.
@@ -131,12 +136,13 @@ def attention(
     (torch.Size([2, 5, 4, 32]), torch.Size([2, 4, 5]))
     """
     _check(q, k, v, cu_seqlens, cu_seqlens_k)
-    _check_options(causal, scale, window, softcap, impl)
+    _check_options(causal, scale, window, softcap, impl, deterministic)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if _in_autocast(q):
         q, k, v = _autocast(q, k, v)
-    out, lse = _Attention.apply(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl)
+    options = (cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl, deterministic)
+    out, lse = _Attention.apply(q, k, v, *options)
     return (out, lse) if return_lse else out
 
 
@@ -165,8 +171,9 @@ class _Attention(torch.autograd.Function):
         window: int | None,
         softcap: float | None,
         impl: str,
+        deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
-        options = (cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl)
+        options = (cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl, deterministic)
         stand_in = None if torch.compiler.is_compiling() else _STAND_IN.get()
         out, lse = FORWARD(q, k, v, *options) if stand_in is None else stand_in(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k)
@@ -178,12 +185,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 10
+            return (None,) * 11
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         arguments = (grad_out, q, k, v, out, lse, grad_lse, cu_seqlens, cu_seqlens_k, *ctx.options)
         # Grad mode is on under create_graph alone.
         grads = _Gradients.apply(*arguments) if torch.is_grad_enabled() else BACKWARD(*arguments)
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 class _Gradients(torch.autograd.Function):
@@ -213,9 +220,11 @@ def _run_forward(
     window: int | None,
     softcap: float | None,
     impl: str,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     options = _options(cu_seqlens, cu_seqlens_k, causal, scale, window, softcap)
-    chosen = _chosen(q, k, v, options, impl)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    chosen = _chosen(q, k, v, options, impl, deterministic)
     if q.numel() == 0 or k.numel() == 0:
         out, lse = _fake_forward(q, k, v, cu_seqlens, cu_seqlens_k, causal, scale, window, softcap, impl)
         return out.zero_(), lse.fill_(-math.inf)
@@ -238,14 +247,16 @@ def _run_backward(
     window: int | None,
     softcap: float | None,
     impl: str,
+    deterministic: bool = False,
 ) -> Grads:
     options = _options(cu_seqlens, cu_seqlens_k, causal, scale, window, softcap)
-    chosen = _chosen(q, k, v, options, impl)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    chosen = _chosen(q, k, v, options, impl, deterministic)
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
         return dq, dk, dv
     with torch.autocast(q.device.type, enabled=False):
-        return _backward_of(chosen)(grad_out, q, k, v, out, lse, grad_lse=grad_lse, **options)
+        return _backward_of(chosen, deterministic)(grad_out, q, k, v, out, lse, grad_lse=grad_lse, **options)
 
 
 def _options(
@@ -266,13 +277,13 @@ def _options(
     }
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], impl: str) -> str:
+def _chosen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], impl: str, deterministic: bool) -> str:
     """The implementation that runs, once the borders are known to fit: both are for eager code, never traced."""
     if options["cu_seqlens"] is not None:
         samples_of(options["cu_seqlens"], q.shape[0])
         if options["cu_seqlens_k"] is not None:
             samples_of(options["cu_seqlens_k"], k.shape[0], "cu_seqlens_k")
-    return OPERATION.explain(q, k, v, **options, impl=impl).impl
+    return OPERATION.explain(q, k, v, **options, deterministic=deterministic, impl=impl).impl
 
 
 def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -285,13 +296,13 @@ def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return _foreign.cpu_forward if impl == "cpu" else _reference.attention
 
 
-def _backward_of(impl: str) -> Callable[..., Grads]:
+def _backward_of(impl: str, deterministic: bool) -> Callable[..., Grads]:
     if impl == "triton":
         from pyeff.triton_kernels.attention_backward import attention_backward as kernel
 
-        return kernel
+        return functools.partial(kernel, deterministic=deterministic)
     if impl in _FOREIGN_ON_GPU:
-        return functools.partial(_foreign.gpu_backward, impl)
+        return functools.partial(_foreign.gpu_backward, impl, deterministic=deterministic)
     return _foreign.cpu_backward if impl == "cpu" else _reference.attention_backward
 
 
@@ -315,6 +326,7 @@ def _limits(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    deterministic: bool = False,
     **others: object,
 ) -> str | None:
     if impl == "reference":
@@ -325,7 +337,10 @@ def _limits(
         return None if softcap is None else "torch's CPU kernel has no softcap"
     if impl in _FOREIGN_ON_GPU:
         packed = cu_seqlens is not None
-        return _foreign.gpu_limits(impl, q, k, causal=causal, packed=packed, window=window, softcap=softcap)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return _foreign.gpu_limits(
+            impl, q, k, causal=causal, packed=packed, window=window, softcap=softcap, deterministic=deterministic
+        )
     if q.shape[-1] > _GREATEST_HEAD_SIZE:
         return f"it takes head sizes up to {_GREATEST_HEAD_SIZE}, and q has {q.shape[-1]}"
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -355,6 +370,7 @@ def _fake_forward(
     window: int | None,
     softcap: float | None,
     impl: str,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     *batch, tokens, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -365,7 +381,10 @@ def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: obj
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_SCHEMA = "Tensor? cu_seqlens, Tensor? cu_seqlens_k, bool causal, float scale, int? window, float? softcap, str impl"
+_SCHEMA = (
+    "Tensor? cu_seqlens, Tensor? cu_seqlens_k, bool causal, float scale, int? window, float? softcap, str impl, "
+    "bool deterministic=False"
+)
 torch.library.define("pyeff::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)")
 torch.library.define(
     "pyeff::attention_backward",
@@ -440,9 +459,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlen
         )
 
 
-def _check_options(causal: bool, scale: float | None, window: int | None, softcap: float | None, impl: str) -> None:
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {type(causal).__name__}")
+def _check_options(
+    causal: bool, scale: float | None, window: int | None, softcap: float | None, impl: str, deterministic: bool
+) -> None:
+    for name, flag in (("causal", causal), ("deterministic", deterministic)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")

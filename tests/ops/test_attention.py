@@ -77,13 +77,20 @@ def borders_of(lengths: tuple[int, ...]) -> Tensor:
 
 
 def results(
-    problem: Problem, tensors: list[Tensor], *, impl: str = "auto", device: str = "cpu", with_lse: bool = True
+    problem: Problem,
+    tensors: list[Tensor],
+    *,
+    impl: str = "auto",
+    device: str = "cpu",
+    with_lse: bool = True,
+    deterministic: bool = False,
 ) -> list[Tensor]:
     """out, lse, dq, dk, dv, back on the CPU."""
     q, k, v, grad_out, grad_lse = (t.to(device).detach() for t in tensors)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     borders = {name: t.to(device) for name, t in problem.borders().items()}
-    out, lse = pyeff.attention(*inputs, **borders, **problem.options, return_lse=True, impl=impl)
+    options = problem.options | {"impl": impl, "deterministic": deterministic}
+    out, lse = pyeff.attention(*inputs, **borders, **options, return_lse=True)
     outputs, grads = ([out, lse], [grad_out, grad_lse]) if with_lse else ([out], [grad_out])
     return [t.detach().cpu() for t in (out, lse, *torch.autograd.grad(outputs, inputs, grads))]
 
@@ -415,7 +422,8 @@ def test_offsets_beyond_32_bits(backend: Backend, which: str) -> None:
 def test_repeats_give_the_same_bits(backend: Backend, which: str) -> None:
     problem = PROBLEMS[which]
     tensors = problem.tensors()
-    first, again = (results(problem, tensors, impl=backend.impl, device=backend.device) for _ in range(2))
+    options = {"impl": backend.impl, "device": backend.device, "deterministic": True}
+    first, again = (results(problem, tensors, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -630,6 +638,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         (ValueError, "scale must be positive and finite", (q, k, v), {"scale": 10**400}),
         (TypeError, "scale must be a number", (q, k, v), {"scale": "1"}),
         (ValueError, "impl must be 'auto' or one of", (q, k, v), {"impl": "fast"}),
+        (TypeError, "deterministic must be True or False, got int", (q, k, v), {"deterministic": 1}),
     ]
     for error, message, tensors, options in cases:
         with pytest.raises(error, match=message):
@@ -656,16 +665,75 @@ def test_blocks_of_masked_queries_change_only_the_rounding(
 # ------------------------------------------------------------------------------------------------- the Triton kernel
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (64, 32)], ids=str)
 @pytest.mark.parametrize("which", ["causal", "packed, two lengths", "whole window", "window"])
-def test_tiles_change_only_the_rounding(tile: tuple[int, int], which: str) -> None:
+def test_tiles_change_only_the_rounding(tile: tuple[int, int], which: str, deterministic: bool) -> None:
     forward = importlib.import_module("pyeff.triton_kernels.attention")
     backward = importlib.import_module("pyeff.triton_kernels.attention_backward")
     problem, device = PROBLEMS[which], "cpu" if interpreting() else "cuda"
     tensors = problem.tensors()
     q, k, v, grad_out, grad_lse = (t.to(device) for t in tensors)
     options = problem.options | {"scale": 32**-0.5} | {name: t.to(device) for name, t in problem.borders().items()}
-    out, lse = forward.attention(q, k, v, **options, config=forward.Config(*tile, 4, 2))
-    configs = backward.Config(*tile, 4, 2), backward.Config(16, tile[0], 4, 2)
+    out, lse = forward.attention(q, k, v, **options, config=forward.Config(*tile, 4, 2, described=deterministic))
+    config = backward.Config(*tile, 4, 2)
+    configs = backward.Configs(config if deterministic else None, config)
     grads = backward.attention_backward(grad_out, q, k, v, out, lse, grad_lse=grad_lse, **options, configs=configs)
     assert_accurate([t.cpu() for t in (out, lse, *grads)], problem, tensors)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("which", PROBLEMS)
+def test_the_deterministic_backward_is_as_accurate(which: str, device: str) -> None:
+    if device == "cpu" and not interpreting():
+        pytest.skip("a GPU is here: Triton does not interpret")
+    problem = replace(PROBLEMS[which], dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    tensors = problem.tensors()
+    found = results(problem, tensors, impl="triton", device=device, deterministic=True)
+    assert_accurate(found, problem, tensors, impl="triton")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("head_size", [32, 64, 128, 256])
+def test_head_sizes_of_the_triton_kernels(head_size: int, deterministic: bool) -> None:
+    device = "cpu" if interpreting() else "cuda"
+    problem = Problem((0, 1, 33, 0, 20), head_size=head_size, dtype=torch.float16)
+    tensors = problem.tensors()
+    found = results(problem, tensors, impl="triton", device=device, deterministic=deterministic)
+    assert_accurate(found, problem, tensors, impl="triton")
+
+
+def test_the_triton_kernels_are_told_to_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pyeff.triton_kernels.attention_backward")
+    device = "cpu" if interpreting() else "cuda"
+    asked: list[bool] = []
+    pick = module.pick_configs
+    monkeypatch.setattr(module, "pick_configs", lambda *args: asked.append(args[-1]) or pick(*args))
+    problem = Problem((3, 2))
+    tensors = problem.tensors()
+    for deterministic in (False, True):
+        results(problem, tensors, impl="triton", device=device, deterministic=deterministic)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results(problem, tensors, impl="triton", device=device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True, True]
+
+
+def test_descriptors_stay_within_a_sample() -> None:
+    module = importlib.import_module("pyeff.triton_kernels.attention")
+    device = "cpu" if interpreting() else "cuda"
+    problem = Problem((50, 30), dtype=torch.float16, causal=False)
+    q, k, v, *_ = (t.to(device) for t in problem.tensors())
+    config = module.Config(16, 16, 4, 2, described=True)
+    assert module.descriptor(k, config.bn, (9, 0)) is not None
+    options = {"scale": 0.1, "cu_seqlens": borders_of(problem.queries), "causal": False, "config": config}
+    clean, _ = module.attention(q, k, v, **options)
+    for t in (q, k, v):
+        t[50:] = math.nan
+    found, _ = module.attention(q, k, v, **options)
+    assert torch.equal(found[:50], clean[:50])
+    # Every second head: rows that begin at 16 bytes and follow one another at 128; and rows that do not.
+    assert module.descriptor(k[:, ::2], config.bn, (9, 0)) is not None
+    assert module.descriptor(k[..., 1:], config.bn, (9, 0)) is None

@@ -129,8 +129,17 @@ def gram_norms(dtype: torch.dtype, *, features: int = 4096, tokens: int = 2048) 
     module.gram_norms(inputs, grad_outputs, plan)
 
 
-def attention(dtype: torch.dtype, *, head_size: int = 128, packed: bool = False, **options: Any) -> None:
-    """Attention of 8192 tokens by 32 heads over 8 of keys, and its backward."""
+def attention(
+    dtype: torch.dtype,
+    *,
+    head_size: int = 128,
+    packed: bool = False,
+    deterministic: bool = False,
+    tile: tuple[Any, ...] | None = None,
+    **options: Any,
+) -> None:
+    """Attention of 8192 tokens by 32 heads over 8 of keys, and a form of its backward; on sm_90 with a `tile` of its
+    own."""
     from pyeff.triton_kernels import attention as forward
     from pyeff.triton_kernels import attention_backward as backward
 
@@ -139,8 +148,9 @@ def attention(dtype: torch.dtype, *, head_size: int = 128, packed: bool = False,
     k = torch.empty(*batch, 8192, 8, head_size, dtype=dtype, device="meta")
     if packed:
         options["cu_seqlens"] = torch.empty(9, dtype=torch.int32, device="meta")
-    out, lse = forward.attention(q, k, k, scale=0.1, **options)
-    backward.attention_backward(out, q, k, k, out, lse, scale=0.1, **options)
+    config = forward.Config(*tile) if tile and torch.cuda.get_device_capability() == (9, 0) else None
+    out, lse = forward.attention(q, k, k, scale=0.1, config=config, **options)
+    backward.attention_backward(out, q, k, k, out, lse, scale=0.1, deterministic=deterministic, **options)
 
 
 def vector_grad(dtype: torch.dtype, *, features: int = 4096, gain: bool = True) -> None:
@@ -185,6 +195,18 @@ CASES: dict[str, Callable[[], None]] = {
     "attention.bf16_softcap": partial(attention, torch.bfloat16, softcap=30.0),
     "attention.fp16_80_window": partial(attention, torch.float16, head_size=80, window=1024),
     "attention.fp32": partial(attention, torch.float32),
+    # The form of the backward that gives the same bits in every run.
+    "attention.bf16_64_deterministic": partial(attention, torch.bfloat16, head_size=64, deterministic=True),
+    "attention.bf16_256_deterministic": partial(attention, torch.bfloat16, head_size=256, deterministic=True),
+    "attention.bf16_packed_deterministic": partial(attention, torch.bfloat16, packed=True, deterministic=True),
+    "attention.bf16_softcap_deterministic": partial(attention, torch.bfloat16, softcap=30.0, deterministic=True),
+    "attention.fp16_80_window_deterministic": partial(
+        attention, torch.float16, head_size=80, window=1024, deterministic=True
+    ),
+    "attention.fp32_deterministic": partial(attention, torch.float32, deterministic=True),
+    # What the tuning script tries beside the choice that ships.
+    "attention.descriptors": partial(attention, torch.bfloat16, tile=(128, 128, 8, 3, True)),
+    "attention.descriptors_packed": partial(attention, torch.bfloat16, packed=True, tile=(128, 128, 8, 2, True)),
     "linear_cross_entropy_scores.bf16": partial(linear_cross_entropy_scores, torch.bfloat16),
     "linear_cross_entropy_scores.bf16_softcap": partial(linear_cross_entropy_scores, torch.bfloat16, softcapped=True),
     "linear_cross_entropy_scores.fp16_ragged": partial(linear_cross_entropy_scores, torch.float16, d=1040),

@@ -25,16 +25,25 @@ ARCHITECTURES = {
     90: (227 << 10, "wgmma.mma_async"),
     100: (227 << 10, "tcgen05.mma"),
 }
-ATTENTION = {"attend": True, "query_gradients": True, "key_gradients": True}
+ATTENTION = {"attend": True, "key_gradients": True}
+DETERMINISTIC = ATTENTION | {"query_gradients": True}
 # What is expected of the kernels that multiply matrices; True: on the tensor cores.
 PRODUCTS = {
     "attention.bf16_64": ATTENTION,
     # Two accumulators of 256 columns leave `key_gradients` too few keys for wgmma.
-    "attention.bf16_256": {"attend": True, "query_gradients": True},
+    "attention.bf16_256": {"attend": True},
     "attention.bf16_packed": ATTENTION,
     "attention.bf16_softcap": ATTENTION,
     "attention.fp16_80_window": ATTENTION,
     "attention.fp32": dict.fromkeys(ATTENTION, False),
+    "attention.bf16_64_deterministic": DETERMINISTIC,
+    "attention.bf16_256_deterministic": {"attend": True, "query_gradients": True},
+    "attention.bf16_packed_deterministic": DETERMINISTIC,
+    "attention.bf16_softcap_deterministic": DETERMINISTIC,
+    "attention.fp16_80_window_deterministic": DETERMINISTIC,
+    "attention.fp32_deterministic": dict.fromkeys(DETERMINISTIC, False),
+    "attention.descriptors": ATTENTION,
+    "attention.descriptors_packed": ATTENTION,
     "linear_cross_entropy_scores.bf16": {"reduce_logits": True},
     "linear_cross_entropy_scores.bf16_softcap": {"reduce_logits": True},
     "linear_cross_entropy_scores.fp16_ragged": {"reduce_logits": True},
@@ -131,3 +140,8 @@ def test_products_are_pipelined_on_the_tensor_cores(case: str, capability: int) 
         assert facts["copies_in_flight"] >= 2 or facts["bulk_copies"], f"{name} waits for every copy"
         # A thread's share of a short vector is less than sixteen bytes.
         assert not facts["narrow_copies"] or (name in WITH_VECTORS and facts["wide_copies"]), name
+
+
+@pytest.mark.parametrize("case", ["attention.descriptors", "attention.descriptors_packed"])
+def test_descriptors_become_bulk_copies(case: str) -> None:
+    assert compiled(90)[case]["attend"]["bulk_copies"]
