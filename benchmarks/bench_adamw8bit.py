@@ -186,7 +186,7 @@ def offloaded(params: list[nn.Parameter]) -> Callable[[], object]:
     """A step whose states come from host memory and are back there when the current stream goes on."""
     optimizer = AdamW8bit(params, lr=LR, offload=True)
     optimizer.step()
-    (offload,) = optimizer._offloads.values()
+    (offload,) = optimizer._host_states.devices.values()
     assert offload is not None
     streams = offload.transfers.streams.values()  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -25,20 +25,17 @@ from pyeff.ops.optimizer_step import (
     fits,
     state_shapes,
 )
-from pyeff.optim import offload as offloading
-from pyeff.optim.convert import converted
-from pyeff.optim.offload import Offload, OffloadedPlan
+from pyeff.optim.host_states import HostStates
+from pyeff.optim.offload import OffloadedPlan
 from pyeff.optim.pieces import OFFLOADED
-from pyeff.optim.saved import LAYOUT, check_state_dict
+from pyeff.optim.saved import LAYOUT, device_of, restore
 from pyeff.optim.sharding import (
-    as_part,
     check_split,
     first_block,
     is_distributed,
-    is_split,
     local,
-    part_of,
     part_of_grad,
+    placed,
     shard_groups,
 )
 from pyeff.reference.optimizer_step import CODE, OptimizerRule
@@ -88,6 +85,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     _rule: ClassVar[str]
     _coupled: ClassVar[bool]
     _moments: ClassVar[tuple[str, ...]]
+    _host_states: HostStates
 
     def __init__(
         self,
@@ -117,7 +115,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._host_states.settle()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -127,8 +125,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         """The next step looks at everything anew."""
+        if hasattr(self, "_host_states"):
+            self._host_states.settle()
         self._plans: dict[tuple[int, torch.device, int | None], _Plan] = {}
-        self._offloads: dict[torch.device, Offload | None] = {}
+        self._host_states = HostStates(self)
 
     # -------------------------------------------------------------------------------------------------- options
 
@@ -175,7 +175,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             if len({id(p[1] if isinstance(p, tuple) else p) for p in params}) != len(params):
                 # torch warns; here both entries would be written at once, by different threads.
                 raise ValueError("params must be different tensors; one of them is given twice")
-        self._settle()
         self._forget_plans()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -191,7 +190,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=_device_of(group))
+        group["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device_of(group))
 
     @property
     def skipped_steps(self) -> int:
@@ -322,7 +321,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if all(a is b for ours, theirs in same for a, b in zip(ours, theirs, strict=True)):
                 cached.plan.set_grads(rows.grads)
                 return cached.plan
-        offload = self._offload_to(device) if group["offload"] else None
+        offload = self._host_states.offload_to(device) if group["offload"] else None
         parts = [[state if state is None else local(state) for state in states] for states in rows.states]
         for p, states in zip(rows.params, parts, strict=True):
             shapes = state_shapes(p, rule=self._rule, **layout)
@@ -334,9 +333,14 @@ class Optimizer8bit(torch.optim.Optimizer):
                         "device or block_size; make a new optimizer, or load a state_dict, after moving parameters"
                     )
         if offload is not None:
-            self._move_to_host(offload, group, rows, parts)
-        if group["skipped_steps"].device != _device_of(group):
-            group["skipped_steps"] = group["skipped_steps"].to(_device_of(group))
+            names = self._names(group)
+            for i, j, part in self._host_states.taken_in(offload, parts):
+                p, name, before = group["params"][rows.places[i]], names[j], rows.states[i][j]
+                assert name is not None
+                self.state[p][name] = rows.states[i][j] = placed(name, part, p, before.shape)
+                parts[i][j] = part
+        if group["skipped_steps"].device != device_of(group):
+            group["skipped_steps"] = group["skipped_steps"].to(device_of(group))
         columns = list(zip(*parts, strict=True))
         lists = [[] if column[0] is None else list(column) for column in columns]
         layout_of_list: dict[str, Any] = {
@@ -382,60 +386,16 @@ class Optimizer8bit(torch.optim.Optimizer):
         """The states of a parameter that has taken no step."""
         layout = {name: group[name] for name in LAYOUT}
         # States that are not to live on the device are not made there either.
-        own = local(p).detach().cpu() if self._is_offloaded(p, group) else local(p)
+        own = local(p).detach().cpu() if self._host_states.has(p, group) else local(p)
         lists = OptimizerStates.zeros([own], rule=self._rule, **layout).lists()
         for counts in lists[OFFLOADED:]:
             counts[:] = [count.to(p.device) for count in counts]
         named = zip(self._names(group), lists, state_shapes(p, rule=self._rule, **layout), strict=True)
-        return {name: _placed(name, one[0], p, expected[0]) for name, one, expected in named if name and expected}
-
-    # -------------------------------------------------------------------------------------------------- offload
-
-    def _offload_to(self, device: torch.device) -> Offload | None:
-        """The slots on a device, for all groups that have their states in host memory; None where that is nothing."""
-        if device not in self._offloads:
-            transfers = offloading.transfers_to(device)
-            self._offloads[device] = None if transfers is None else Offload(transfers, self._offloaded_on(device))
-        return self._offloads[device]
-
-    def _offloaded_on(self, device: torch.device) -> list[tuple[Tensor, list[Tensor | None], int]]:
-        found = []
-        for group in self.param_groups:
-            layout = {name: group[name] for name in LAYOUT}
-            for p in map(local, group["params"]):
-                if group["offload"] and p.device == device:
-                    shapes = state_shapes(p, rule=self._rule, **layout)
-                    metas = [e and torch.empty(e[0], dtype=e[1], device="meta") for e in shapes]
-                    found.append((p.detach(), metas, group["block_size"]))
-        return found
-
-    def _is_offloaded(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return group["offload"] and self._offload_to(p.device) is not None
-
-    def _move_to_host(
-        self, offload: Offload, group: dict[str, Any], rows: _Rows, parts: list[list[Tensor | None]]
-    ) -> None:
-        """Have the large states of these parameters in pinned memory, in `state` and in the lists given."""
-        offload.settle()
-        names = self._names(group)
-        places = [(i, j) for i, states in enumerate(parts) for j in range(OFFLOADED) if states[j] is not None]
-        for (i, j), part in zip(places, offload.to_host([parts[i][j] for i, j in places]), strict=True):  # type: ignore[misc]
-            if part is parts[i][j]:
-                continue
-            p, name, before = group["params"][rows.places[i]], names[j], rows.states[i][j]
-            assert name is not None
-            self.state[p][name] = rows.states[i][j] = _placed(name, part, p, before.shape)
-            parts[i][j] = part
-
-    def _settle(self) -> None:
-        """Wait until states in host memory are those of the last step."""
-        for offload in self._offloads.values():
-            if offload is not None:
-                offload.settle()
+        return {name: placed(name, one[0], p, expected[0]) for name, one, expected in named if name and expected}
 
     def state_dict(self) -> dict[str, Any]:
         """States and options, as torch's; waits until states in host memory are those of the last step."""
-        self._settle()
+        self._host_states.settle()
         found: dict[str, Any] = super().state_dict()
         return found
 
@@ -447,39 +407,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         copied. Raises ValueError, before anything is changed, for states in another rule, code, layout or shape, and
         for numbers out of range.
         """
-        state_dict = converted(self, state_dict)
-        check_state_dict(self, state_dict)
-        # torch casts floating-point states to the dtype of their parameter, and would cast bytes too; what is wrapped
-        # it passes on untouched.
-        self._settle()
-        self._forget_plans()
-        kept = {
-            key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-            for key, state in state_dict["state"].items()
-        }
-        # Where states live is this optimizer's matter.
-        groups = [
-            {**theirs, "offload": ours["offload"]}
-            for theirs, ours in zip(state_dict["param_groups"], self.param_groups, strict=True)
-        ]
-        super().load_state_dict({**state_dict, "state": kept, "param_groups": groups})
-        on_host = {
-            p: self._names(group)[:OFFLOADED]
-            for group in self.param_groups
-            for p in group["params"]
-            if self._is_offloaded(p, group)
-        }
-        for p, state in self.state.items():
-            for name, value in state.items():
-                if isinstance(value, _Kept):
-                    part = part_of(value.tensor, p) if is_split(name, p) else value.tensor
-                    home = torch.device("cpu") if name in on_host.get(p, ()) else p.device
-                    part = part.detach().to(home, copy=True).contiguous()
-                    state[name] = _placed(name, part, p, value.tensor.shape)
-        for group in self.param_groups:
-            if "betas" in group:
-                group["betas"] = tuple(group["betas"])
-            group["skipped_steps"] = torch.as_tensor(group["skipped_steps"]).to(_device_of(group), copy=True)
+        restore(self, state_dict, super().load_state_dict)
 
 
 @dataclass
@@ -510,16 +438,3 @@ class _Call:
     plan: AnyPlan
     shard_groups: list[tuple[Any, ...]]
     counts_skipped: bool
-
-
-@dataclass(frozen=True)
-class _Kept:
-    tensor: Tensor
-
-
-def _placed(name: str, part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
-    return as_part(part, p, shape) if is_split(name, p) else part
-
-
-def _device_of(group: dict[str, Any]) -> torch.device:
-    return group["params"][0].device if group["params"] else torch.device("cpu")

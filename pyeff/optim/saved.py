@@ -1,21 +1,71 @@
-"""What a state_dict must be for an optimizer to go on from it."""
+"""Going on from a state_dict: what it must be, and where its tensors go."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyeff.ops.optimizer_step import state_shapes
-from pyeff.optim.sharding import is_distributed, is_split, part_of
+from pyeff.optim.convert import converted
+from pyeff.optim.pieces import OFFLOADED
+from pyeff.optim.sharding import is_distributed, is_split, part_of, placed
 
 if TYPE_CHECKING:
     from pyeff.optim.engine import Optimizer8bit
 
 # What decides which states there are; a state_dict that differs in one of these cannot be read.
 LAYOUT = ("states", "master", "block_size")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    tensor: Tensor
+
+
+def restore(optimizer: Optimizer8bit, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
+    """See `Optimizer8bit.load_state_dict`; `load` is torch's."""
+    state_dict = converted(optimizer, state_dict)
+    check_state_dict(optimizer, state_dict)
+    optimizer._forget_plans()
+    # torch casts floating-point states to the dtype of their parameter, and would cast bytes too; what is wrapped
+    # it passes on untouched.
+    kept = {
+        key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        for key, state in state_dict["state"].items()
+    }
+    # Where states live is this optimizer's matter.
+    groups = [
+        {**theirs, "offload": ours["offload"]}
+        for theirs, ours in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    load({**state_dict, "state": kept, "param_groups": groups})
+    on_host = {
+        p: optimizer._names(group)[:OFFLOADED]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if optimizer._host_states.has(p, group)
+    }
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, _Kept):
+                part = part_of(value.tensor, p) if is_split(name, p) else value.tensor
+                home = torch.device("cpu") if name in on_host.get(p, ()) else p.device
+                part = part.detach().to(home, copy=True).contiguous()
+                state[name] = placed(name, part, p, value.tensor.shape)
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+        group["skipped_steps"] = torch.as_tensor(group["skipped_steps"]).to(device_of(group), copy=True)
+
+
+def device_of(group: dict[str, Any]) -> torch.device:
+    """Where a group counts its skipped steps."""
+    return group["params"][0].device if group["params"] else torch.device("cpu")
 
 
 def check_state_dict(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> None:

@@ -111,6 +111,11 @@ def part_of(value: Tensor, p: Tensor) -> Tensor:
     return value[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]
 
 
+def placed(name: str, part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
+    """This process's part of a state of this name and whole shape, as it stands in `state`."""
+    return as_part(part, p, shape) if is_split(name, p) else part
+
+
 def part_of_grad(grad: Tensor, p: Tensor) -> Tensor:
     """This process's part of a gradient that is split as its parameter is; ValueError if it is not."""
     try:

@@ -48,7 +48,7 @@ def test_slots_take_the_bytes_that_the_optimizer_asks_for(shapes: Any, name: str
     weights = [nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta")) for shape in shapes]
     optimizer = cls(weights, master=master, offload=True)
     counted: Any = Bytes()
-    Offload(counted, optimizer._offloaded_on(torch.device("meta")))
+    Offload(counted, optimizer._host_states.parameters_on(torch.device("meta")))
     known = [Parameter("w", "layer 0", shape, 2, True) for shape in shapes]
     # Every state is aligned to 16 bytes.
     assert slot_bytes(known, name, master) == pytest.approx(counted.asked, rel=0.01)  # type: ignore[arg-type]

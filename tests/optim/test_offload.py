@@ -120,7 +120,7 @@ def test_states_are_not_fetched_before_they_were_returned(forgets: bool, monkeyp
             gradients(params, step)
             optimizer.step_parameter(0, 0)
             if offloaded and forgets:
-                optimizer._offloads[torch.device("cpu")].written = _Forgetful()  # type: ignore[union-attr]
+                optimizer._host_states.devices[torch.device("cpu")].written = _Forgetful()  # type: ignore[union-attr]
             optimizer.step()
         found.append(everything(params, optimizer))
     assert same(*found) != forgets
@@ -280,7 +280,7 @@ def test_on_a_cpu_nothing_is_moved_and_nothing_changes() -> None:
     params = parameters()
     optimizer = AdamW8bit(params, lr=1e-2, offload=True)
     take_steps(params, optimizer, range(2))
-    assert optimizer._offloads == {torch.device("cpu"): None}
+    assert optimizer._host_states.devices == {torch.device("cpu"): None}
     assert same(*both(AdamW8bit))
 
 
