@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import t1_results
-from .metrics import Run, Summary, best_in_family, losses, summarise
+from .metrics import Run, Summary, losses, summarise
 from .roster import GOVERNOR, UNIFORM
 from .t1_cells import TASKS, groups
 from .t1_claims import ORDER, Verdict, judge, regrets
@@ -75,7 +75,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> It
     for task in TASKS:
         mine = [s for s in summaries if s.task == task]
         if mine:
-            yield from _task_table(task, mine, best_in_family(main, "every-"))
+            yield from _task_table(task, mine)
     yield from _regret_table(rows)
     yield from _target_table(main)
     yield from _control_table(rows)
@@ -93,16 +93,19 @@ def _progress(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     total, whole = sum(made.values()), sum(wanted.values())
     seconds = sum(row["cpu"] for row in rows)
     yield (
-        f"{total} of {whole} cells have run, in {seconds / 3600:.1f} hours of CPU. A cell is a task, a policy, a "
+        f"{total} of {whole} cells have run, in {seconds / 3600:.2f} hours of CPU. A cell is a task, a policy, a "
         "budget and a seed; budgets are in units of the smallest. Numbers below are of the cells that are there."
     )
+    versions = len({row["code"] for row in rows if row["policy"] == GOVERNOR})
+    if versions > 1:
+        yield f"\nThe governor's cells were made by {versions} versions of it: the older ones are yet to be made again."
     yield "\n| task | " + " | ".join(f"budget {b}" for b in _BUDGETS) + " |"
     yield "|---" * 5 + "|"
     for task in TASKS:
         yield f"| {task} | " + " | ".join(f"{made[task, i]} of {wanted[task, i]}" for i in range(4)) + " |"
 
 
-def _task_table(task: str, summaries: Sequence[Summary], best: Mapping[tuple[str, float], str]) -> Iterator[str]:
+def _task_table(task: str, summaries: Sequence[Summary]) -> Iterator[str]:
     budgets = sorted({s.budget for s in summaries})
     cells = {(s.policy, s.budget): s for s in summaries}
     yield f"\n### {task}: J against tuned uniform, linear to zero\n"
@@ -118,18 +121,24 @@ def _task_table(task: str, summaries: Sequence[Summary], best: Mapping[tuple[str
     for policy in ["every-", *order]:
         shown, overheads, switches = [], [], []
         for budget, base in zip(budgets, uniform, strict=True):
-            name = best.get((task, budget), "") if policy == "every-" else policy
-            s = cells.get((name, budget))
+            s = _best_interval(summaries, budget) if policy == "every-" else cells.get((policy, budget))
             if s is None or base is None:
                 shown.append("")
                 continue
             d, level = s.against_uniform.difference, base.loss.mean / 100
-            note = f" ({name[6:]})" if policy == "every-" else ""
+            note = f" ({s.policy[6:]})" if policy == "every-" else ""
             shown.append(f"{d.mean / level:+.1f} ({d.low / level:+.1f} to {d.high / level:+.1f}){note}")
             overheads.append(s.overhead)
             switches.append(s.switches)
         label = "best fixed interval, in hindsight" if policy == "every-" else policy
         yield f"| {label} | {' | '.join(shown)} | {np.mean(overheads):.1%} | {np.mean(switches):.1f} |"
+
+
+def _best_interval(summaries: Sequence[Summary], budget: float) -> Summary | None:
+    """The fixed interval and selector with the lowest J of those that have run on every seed there is."""
+    family = [s for s in summaries if s.budget == budget and s.policy.startswith("every-")]
+    whole = max((s.loss.n for s in family), default=0)
+    return min((s for s in family if s.loss.n == whole), key=lambda s: s.against_uniform.difference.mean, default=None)
 
 
 def _regret_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

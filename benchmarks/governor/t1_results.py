@@ -49,7 +49,7 @@ def _compact(cell: Mapping[str, Any]) -> dict[str, Any]:
     names = ("rate", "low", "high", "realised")
     promises = run["promises"] if run["policy"] == GOVERNOR else []
     kept["promises"] = [[None if p[n] is None else float(f"{p[n] * budget:.5g}") for n in names] for p in promises]
-    kept |= {"decide_ms": round(1e3 * run["decide_seconds"], 1), "cpu": cell["cpu_seconds"]}
+    kept |= {"code": cell["code"], "decide_ms": round(1e3 * run["decide_seconds"], 1), "cpu": cell["cpu_seconds"]}
     return kept
 
 

@@ -143,6 +143,15 @@ def test_a_group_makes_what_is_missing_and_the_governor_again_when_it_changed(
     assert t1.run_group(group, tmp_path)[0] == 10
 
 
+def test_a_comment_does_not_make_a_cell_again_but_another_number_does() -> None:
+    plain = "class A:\n    def f(self):\n        return 1\n"
+    told = 'class A:\n    """Says so."""\n    def f(self):\n        """One."""\n        return 1  # one\n'
+    assert t1._code(plain) == t1._code(told)
+    assert t1._code(plain) != t1._code(plain.replace("1", "2"))
+    assert t1.digest_of(UniformLinear) != t1.digest_of(UniformWsd)
+    assert t1.digest_of(MAKES["static"]) == t1.digest_of(MAKES["free"])
+
+
 def test_cells_survive_the_compact_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(t1, "task_of", lambda name, mode, work: Line(mode, work))
     group = Group(Cell("line", "full", 0, 3), "main")
