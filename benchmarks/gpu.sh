@@ -61,6 +61,10 @@ benchmarks() {
 
 tune() {
     step tune python3 benchmarks/tune_linear_grad.py "$out/tune.json"
+    local head_size
+    for head_size in 64 128; do
+        step "tune attention $head_size" python3 benchmarks/tune_attention.py "$head_size" --out "$out/tune_attention_$head_size.json"
+    done
 }
 
 : >"$out/summary.txt"
