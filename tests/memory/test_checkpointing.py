@@ -357,11 +357,13 @@ def test_compiled_models_run_their_layers_outside_the_graph():
 
 def test_observed_samples_are_counted_once():
     model, batch = model_of("llama"), batch_of()
-    with pyeff.observe(with_our_attention(model)) as expected:
-        expected.model(**batch).loss.backward()
-    with pyeff.checkpoint(model) as checkpoints, pyeff.observe(model) as found:
+    plain, sketch = with_our_attention(model), pyeff.Sketch(64, seed=1)
+    with pyeff.observe(plain, sketch=sketch) as expected:
+        plain(**batch).loss.backward()
+    with pyeff.checkpoint(model) as checkpoints, pyeff.observe(model, sketch=sketch) as found:
         model(**batch).loss.backward()
     assert torch.equal(found.grad_norms, expected.grad_norms)
+    assert torch.equal(found.sketches, expected.sketches)
     assert all(runs.computed == 1 for runs in checkpoints.attention_runs.values())
 
 
@@ -422,6 +424,8 @@ def test_kept_bytes_beside_those_of_torch_checkpoint_and_of_none():
         ours = kept()
     with pyeff.checkpoint(model, keep="nothing"):
         inputs = kept()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert kept() == inputs  # transformers' own checkpoints, by torch.utils.checkpoint
     assert ours - norm <= 2.1 * (inputs - norm)
     assert ours - norm <= 0.2 * (everything - norm - positions)
 
