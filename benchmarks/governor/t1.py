@@ -17,6 +17,7 @@ import json
 import os
 import textwrap
 import time
+import traceback
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -136,22 +137,28 @@ def expected_seconds(group: Group) -> float:
     return SECONDS[group.cell.task][group.kind] * SPANS[group.cell.budget]
 
 
-def _job(arguments: tuple[Group, Path]) -> tuple[Group, int, float]:
-    return (arguments[0], *run_group(*arguments))
+def _job(arguments: tuple[Group, Path]) -> tuple[Group, int, float, str]:
+    try:
+        return (arguments[0], *run_group(*arguments), "")
+    except Exception:  # one group's fault must not cost the others their hours
+        return arguments[0], 0, 0.0, traceback.format_exc()
 
 
 def make_missing(work: Path, *, seeds: Sequence[int] = SEEDS, workers: int = 2, budgets: Sequence[int] = ()) -> None:
     """Run every group that has a cell missing."""
     wanted = [group for group in groups(tuple(seeds)) if not budgets or group.cell.budget in budgets]
     began, cells, seconds, expected = time.monotonic(), 0, 0.0, 0.0
-    left = sum(map(expected_seconds, wanted))
+    left, faults = sum(map(expected_seconds, wanted)), list[str]()
     print(f"{len(wanted)} groups of about {left / 3600:.1f} hours of CPU in all, cells below {work}", flush=True)
     # Spawned: a forked torch keeps its parent's threads' locks.
     with get_context("spawn").Pool(workers) as pool:
-        for done, (group, count, cpu) in enumerate(
+        for done, (group, count, cpu, fault) in enumerate(
             pool.imap_unordered(_job, [(group, work) for group in wanted], chunksize=1), start=1
         ):
             cells, seconds, left = cells + count, seconds + cpu, left - expected_seconds(group)
+            if fault:
+                faults.append(f"{group}:\n{fault}")
+                print(faults[-1], flush=True)
             if count:
                 expected += expected_seconds(group)
                 cell = group.cell
@@ -161,6 +168,8 @@ def make_missing(work: Path, *, seeds: Sequence[int] = SEEDS, workers: int = 2, 
                     f"{time.monotonic() - began:.0f} s; about {left * seconds / expected / 3600:.1f} hours of CPU left",
                     flush=True,
                 )
+    if faults:
+        raise RuntimeError(f"{len(faults)} groups failed, the first: {faults[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,9 +15,13 @@ from governor.t1_cells import BranchOnce, Group, groups
 from governor.t1_engine import Engine
 from governor.t1_state import Cell
 from governor.tasks import text
+from governor.tasks.images import Images
+from governor.tasks.language import LENGTH, Language
 from governor.tasks.task import Data, Task
 from governor.tasks.training import Network, Weights
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Line(Task):
@@ -166,6 +170,35 @@ def test_cells_survive_the_compact_files(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["run"].spent == sum(kept["flops"].values())
     best = {run.policy: run.loss for run in t1_results.with_oracle(t1_results.runs_of(rows, "main"))}
     assert best["oracle"] == min(v for k, v in best.items() if not k.startswith("governor") and not k.endswith("-free"))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_decoder_is_charged_what_torch_counts(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Language, "_base", lambda self, seed, network: network.flat())
+    task = Language(mode, tmp_path)
+    network = task.network(0)
+    network.load(Weights.fresh(network.flat()))
+    # The fused kernel counts as nothing on the CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        task.losses(network.module, torch.zeros(2, LENGTH).long()).mean().backward()
+    assert counter.get_total_flops() == 2 * task.train_flops
+    assert task.full_train_flops >= task.train_flops
+
+
+def test_images_are_charged_what_torch_counts(tmp_path: Path) -> None:
+    task = Images("full", tmp_path)
+    network = task.network(0)
+    network.load(Weights.fresh(network.flat()))
+    with FlopCounterMode(display=False) as counter:
+        task.losses(network.module, torch.zeros(2, 197)).mean().backward()
+    assert counter.get_total_flops() == 2 * task.train_flops
+
+
+def test_a_group_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t1, "task_of", lambda name, mode, work: 1 / 0)
+    group, count, _, fault = t1._job((Group(Cell("line", "full", 0, 3), "main"), tmp_path))
+    assert (group.cell.seed, count) == (3, 0)
+    assert "ZeroDivisionError" in fault
 
 
 def test_every_cell_is_listed_once() -> None:
