@@ -93,8 +93,8 @@ def advantage(selected: Sequence[float], control: Sequence[float], *, age: float
     return Advantage(age, ratio, max(error, 1e-9))
 
 
-def recent_advantage(points: Sequence[Advantage], *, within: float, count: int = 3) -> tuple[float, float] | None:
-    """Return the mean ratio of the last readings, weighted by their precision, and its standard error.
+def recent_advantage(points: Sequence[Advantage], *, within: float, count: int = 5) -> tuple[float, float, int] | None:
+    """Return the mean ratio of the last readings, weighted by precision, its standard error, and how many they were.
 
     Unlike :func:`estimate_fading` it assumes no shape, so it can show an advantage that has turned into harm.
 
@@ -114,7 +114,7 @@ def recent_advantage(points: Sequence[Advantage], *, within: float, count: int =
     weights = [point.standard_error**-2 for point in recent]
     total = math.fsum(weights)
     mean = math.fsum(weight * point.ratio for weight, point in zip(weights, recent, strict=True)) / total
-    return mean, total**-0.5
+    return mean, total**-0.5, len(recent)
 
 
 @dataclass(frozen=True)

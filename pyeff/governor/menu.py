@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pyeff.governor.budget import format_amount
 from pyeff.governor.config import GovernorConfig
-from pyeff.governor.observation import Action, Arm, BatchSize, MemoryMode, Observation
+from pyeff.governor.observation import POOL, Action, Arm, BatchSize, MemoryMode, Observation
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def over_cap(observation: Observation, config: GovernorConfig, cost: float) -> s
 
 
 def _switch(arm: Arm, config: GovernorConfig, left: float) -> Option:
-    needed = max(config.deadband, config.deviations * arm.standard_error)
+    needed = config.deviations * arm.standard_error
+    if arm.name != POOL:  # going back costs nothing, and repeating a selection turns it harmful little by little
+        needed = max(config.deadband, needed)
     blocked = None
     if arm.ratio - 1 <= needed:
         blocked = f"it trains {arm.ratio:.2f} ± {arm.standard_error:.2g} times as fast, within the deadband"

@@ -54,6 +54,8 @@ _RETREAT = action_key(Action.SWITCH, POOL)
 # Of a ratio nobody has measured.
 _UNKNOWN_ERROR = 1e6
 _FASTEST = RATIO_LIMITS[1]
+# Of the control arm, until which a selection gets the benefit of the doubt.
+_READINGS = 3
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,9 @@ def _arms(state: _State, observation: Observation, stale_for: float | None) -> t
                 # Nothing measured, or a selection that does no good at all: as fast a way back as can be written.
                 ratio, error = (1.0, _UNKNOWN_ERROR) if recent is None else (_FASTEST, 0.0)
             else:
-                ratio, error = 1 / recent[0], recent[1] / recent[0] ** 2
+                # A few readings are enough to ask of a selection that it be faster at all: going back is free.
+                proof = recent[2] < _READINGS
+                ratio, error = 1 / recent[0], recent[1] / recent[0] ** 2 if proof else 0.0
             arm = replace(arm, ratio=min(ratio, _FASTEST), standard_error=min(error, _UNKNOWN_ERROR))
         found.append(arm)
     return tuple(found)
