@@ -216,13 +216,14 @@ def lr_at(step: int, settings: Settings) -> float:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of everything kept per block or element; tables that are shared count once."""
-    tensors: dict[int, Tensor] = {}
+    """Of everything kept per block or element; the tables of 256 levels that peers share are left out."""
+    total = 0
     for state in optimizer.state.values():
-        for value in state.values():
-            parts = [value.codes, value.scale, value.qmap] if hasattr(value, "codes") else [value]
-            tensors |= {part.data_ptr(): part for part in parts if isinstance(part, Tensor) and part.numel() > 1}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+        for name, value in state.items():
+            parts = [value.codes, value.scale] if hasattr(value, "codes") else [value]
+            kept = [part for part in parts if isinstance(part, Tensor) and part.numel() > 1]
+            total += sum(part.numel() * part.element_size() for part in kept if not name.startswith("qmap"))
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------- a cell's state

@@ -185,7 +185,9 @@ def report(results: Path) -> None:
     record = json.loads(results.read_text())
     print(f"{record['steps']} steps of {record['tokens_a_step']} tokens of {record['model']}: error / largest step\n")
     columns = [f"{n} ({spread:.2g})" for n, spread in zip(record["columns"], record["spread"], strict=True)]
-    print_table(columns, [[Result(tuple(p["error"]), tuple(p["largest"])) for p in record["pairs"]]])
+    pairs = record["pairs"]
+    names = [(pair["m"], pair["second_moment"]) for pair in pairs]
+    print_table(names, columns, [[Result(tuple(pair["error"]), tuple(pair["largest"])) for pair in pairs]])
 
 
 def main() -> None:
