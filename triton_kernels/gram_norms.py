@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import on_device_of, sent_to
+from .common import offset_type, on_device_of, sent_to
 
 SUM_BLOCK = 1024
 # FLOP/s of tiles of 64 tokens by those of tiles of 128, whose operands each serve twice as many products: an estimate.
@@ -160,12 +160,6 @@ def sum_pairs(p_partials, p_first_pairs, p_norms, BLOCK: tl.constexpr):
     tl.store(p_norms + i_s, tl.where(whole < 0, 0.0, whole).to(tl.float32))
 
 
-def offset_type(config: Config, inputs: torch.Tensor, grads: torch.Tensor) -> tl.dtype:
-    """The integer that holds the offsets within a tile."""
-    spans = (config.bt * x.stride(0) + config.bk * x.stride(1) for x in (inputs, grads))
-    return tl.int32 if max(spans) < 2**31 else tl.int64
-
-
 @dataclass(frozen=True)
 class Plan:
     """Launch choices for some samples, where these begin and which pairs of blocks are theirs, on the device."""
@@ -209,7 +203,7 @@ def gram_norms(inputs: torch.Tensor, grad_outputs: torch.Tensor, plan: Plan) -> 
                 *grad_outputs.stride(),
                 BT=config.bt,
                 BK=config.bk,
-                OFFSET=offset_type(config, inputs, grad_outputs),
+                OFFSET=offset_type(*((t, (config.bt, config.bk)) for t in (inputs, grad_outputs))),
                 EVEN_D=inputs.shape[1] % config.bk == 0,
                 EVEN_P=grad_outputs.shape[1] % config.bk == 0,
                 PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import capability_of, on_device_of, tanh_and_slope
+from .common import capability_of, offset_type, on_device_of, tanh_and_slope
 
 # Token blocks that share each weight tile run side by side; their hidden rows stay in the L2 cache.
 GROUP = tl.constexpr(16)
@@ -131,15 +131,6 @@ def store_logit_grads(
     tl.store(p_g, b_g.to(p_grads.dtype.element_ty), mask=(o_m < N)[:, None] & (o_v < V)[None, :])
 
 
-def offset_type(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tl.dtype:
-    """The integer that holds the offsets within a tile."""
-    spans = (
-        config.bm * hidden.stride(0) + config.bk * hidden.stride(1),
-        config.bn * weight.stride(0) + config.bk * weight.stride(1),
-    )
-    return tl.int32 if max(spans) < 2**31 else tl.int64
-
-
 def logit_grads(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -184,7 +175,7 @@ def logit_grads(
             BM=config.bm,
             BN=config.bn,
             BK=config.bk,
-            OFFSET=offset_type(config, hidden, weight),
+            OFFSET=offset_type((hidden, (config.bm, config.bk)), (weight, (config.bn, config.bk))),
             EVEN_K=d % config.bk == 0,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INFINITE, LOWEST, capability_of, log1p, on_device_of, tanh_and_slope
+from .common import INFINITE, LOWEST, capability_of, log1p, offset_type, on_device_of, tanh_and_slope
 
 SCORES, STATES = 7, tl.constexpr(7)
 # Token blocks that walk the vocabulary side by side: they share each weight tile, and their hidden rows (16 MB in bf16
@@ -290,15 +290,6 @@ def combine_shares(
     tl.store(p_o, tl.where(b_defined, b_norm * b_pull, undefined).to(tl.float32), mask=m_m)
 
 
-def offset_type(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tl.dtype:
-    """The integer that holds the offsets within a tile."""
-    spans = (
-        config.bm * hidden.stride(0) + config.bk * hidden.stride(1),
-        config.bn * weight.stride(0) + config.bk * weight.stride(1),
-    )
-    return tl.int32 if max(spans) < 2**31 else tl.int64
-
-
 def linear_cross_entropy_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -340,7 +331,7 @@ def linear_cross_entropy_scores(
             BM=config.bm,
             BN=config.bn,
             BK=config.bk,
-            OFFSET=offset_type(config, hidden, weight),
+            OFFSET=offset_type((hidden, (config.bm, config.bk)), (weight, (config.bn, config.bk))),
             EVEN_K=d % config.bk == 0,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,

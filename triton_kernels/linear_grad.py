@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import capability_of, on_device_of, sent_to
+from .common import capability_of, describable, offset_type, on_device_of, sent_to
 from .sketch_grads import adamw_step, add_tile, cell_shape, split_key
 
 # Tiles that share their columns of G run side by side in groups of this many rows, so that the tokens a wave of
@@ -397,28 +397,6 @@ def reduce_panel(
         )
 
 
-def describable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can stand for `tensor` [N, K]: rows of adjacent elements that begin aligned."""
-    aligned = 16 // tensor.element_size()
-    return (
-        tensor.stride(1) == 1
-        and tensor.stride(0) >= tensor.shape[1]
-        and tensor.stride(0) % aligned == 0
-        and tensor.data_ptr() % 16 == 0
-        and tensor.numel() > 0
-        and tensor.shape[0] < 2**31
-    )
-
-
-def offset_type(config: Config, inputs: torch.Tensor, grads: torch.Tensor) -> tl.dtype:
-    """The integer that holds the offsets within a tile."""
-    spans = (
-        config.bk * inputs.stride(0) + config.bn * inputs.stride(1),
-        config.bk * grads.stride(0) + config.bm * grads.stride(1),
-    )
-    return tl.int32 if max(spans) < 2**31 else tl.int64
-
-
 def linear_grad(
     inputs: torch.Tensor,
     grad_outputs: torch.Tensor,
@@ -491,7 +469,7 @@ def linear_grad(
                 BM=config.bm,
                 BN=config.bn,
                 BK=config.bk,
-                OFFSET=offset_type(config, inputs, grad_outputs),
+                OFFSET=offset_type((inputs, (config.bk, config.bn)), (grad_outputs, (config.bk, config.bm))),
                 EVEN=p % config.bm == 0 and d % config.bn == 0,
                 DESCRIBED=described,
                 HAS_TOTAL=weight_grad,
