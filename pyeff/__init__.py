@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NoiseScaleEstimate,
         UnobservableError,
         observe,
+        optimizer_directions,
     )
     from pyeff.ops.attention import attention
     from pyeff.ops.directional_scores import directional_scores
@@ -78,6 +79,7 @@ _HOMES = {
     "linear_grad": "pyeff.ops",
     "norm_layer_grad": "pyeff.ops",
     "observe": "pyeff.observation",
+    "optimizer_directions": "pyeff.observation",
     "sketch_grads": "pyeff.ops",
     "vector_grad": "pyeff.ops",
     "optimizer_step": "pyeff.ops",
@@ -140,6 +142,7 @@ __all__ = [
     "linear_grad",
     "norm_layer_grad",
     "observe",
+    "optimizer_directions",
     "optimizer_step",
     "sketch_grads",
     "vector_grad",

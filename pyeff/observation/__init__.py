@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyeff.observation.features import optimizer_directions
 from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
 from pyeff.observation.observer import GradientObservation, UnobservableError, observe
 
@@ -12,4 +13,5 @@ __all__ = [
     "UnobservableError",
     "estimate_noise_scale",
     "observe",
+    "optimizer_directions",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pyeff import reference as _reference
 from pyeff.observation.rows import Rows
 from pyeff.ops.factored_sketch import FactoredSketch
+from pyeff.ops.optimizer_step import decode_moment, decode_square
 from pyeff.ops.sketch_grads import AdamWDirection, ParameterSketch, Sketch, matrix_shape
 
 Variant = Literal["adamw", "adamw-frozen"]
@@ -30,24 +32,25 @@ class Noted(NamedTuple):
 class Features:
     """The sketches and the reference gradient of every watched parameter, by its name; None where not asked for.
 
-    `directions` holds AdamW's moments of each parameter, empty where gradients are sketched as they are.
+    `directions` reads AdamW's moments of each parameter, which 8-bit states are decoded for one at a time; empty where
+    gradients are sketched as they are.
     """
 
     sketch: Sketch | None
     factored: FactoredSketch | None
     reference: Mapping[str, Tensor] | None
-    directions: Mapping[str, AdamWDirection]
+    directions: Mapping[str, Callable[[], AdamWDirection]]
+    variant: str
     shapes: Mapping[str, torch.Size]
     prefix: str = ""
+
+    def direction(self, name: str) -> AdamWDirection | None:
+        """The map of a parameter's gradient before it is sketched."""
+        return self.directions[name]() if name in self.directions else None
 
     def plain(self, name: str) -> str:
         """The name by which a parameter is hashed: that of the model itself, wrapped or not."""
         return name.removeprefix(self.prefix)
-
-    @property
-    def variant(self) -> str:
-        """What is sketched: "gradient", "adamw" or "adamw-frozen"."""
-        return next((direction.variant for direction in self.directions.values()), "gradient")
 
     @property
     def linear(self) -> bool:
@@ -59,7 +62,7 @@ class Features:
         if self.sketch is None:
             return None
         rows, columns = matrix_shape(self.shapes[name])
-        direction = self.directions.get(name)
+        direction = self.direction(name)
         if direction is not None:
             direction = direction.viewed(rows, columns)
         if part is None:
@@ -90,7 +93,7 @@ class Features:
         if self.factored is not None and len(self.shapes[name]) > 1:
             factored = self.factored.of(self.plain(name), whole)
         if self.sketch is not None:
-            sketches = self.sketch.of(self.plain(name), whole, direction=self.directions.get(name))
+            sketches = self.sketch.of(self.plain(name), whole, direction=self.direction(name))
         if reference is not None:
             dots = whole.flatten(1) @ reference.flatten().to(whole.dtype)
         return Noted(sketches, dots, factored)
@@ -119,7 +122,7 @@ class Features:
             products = (sums * reference[row].to(wide)).sum(1)
             dots = sums.new_zeros(samples).index_add_(0, owner, products)
         if self.sketch is not None:
-            direction = self.directions.get(name)
+            direction = self.direction(name)
             missing = sums.new_zeros(self.sketch.dim)
             if direction is not None:
                 of_rows = direction.taken(row)
@@ -150,7 +153,7 @@ def features_of(
     variant: Variant,
 ) -> Features | None:
     """What was asked of `observe`, checked; None if nothing."""
-    if variant not in ("adamw", "adamw-frozen"):
+    if variant not in get_args(Variant):
         raise ValueError(f"variant must be 'adamw' or 'adamw-frozen', got {variant!r}")
     if sketch is None and optimizer is not None:
         raise ValueError("optimizer maps what is sketched: pass a sketch too")
@@ -164,9 +167,10 @@ def features_of(
     if reference is not None:
         _check_reference(parameters, reference)
     directions = {} if optimizer is None else _directions(parameters, optimizer, variant == "adamw-frozen")
+    mapped = "gradient" if optimizer is None else variant
     shapes = {name: p.shape for name, p in parameters.items()}
     hashed = sketch if isinstance(sketch, Sketch) else None
-    return Features(hashed, factored, reference, directions, shapes, prefix)
+    return Features(hashed, factored, reference, directions, mapped, shapes, prefix)
 
 
 def _check_reference(parameters: Mapping[str, nn.Parameter], reference: Mapping[str, Tensor]) -> None:
@@ -184,20 +188,61 @@ def _check_reference(parameters: Mapping[str, nn.Parameter], reference: Mapping[
             )
 
 
+def optimizer_directions(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, variant: Variant = "adamw"
+) -> dict[str, AdamWDirection]:
+    """The direction an optimizer would step each trainable parameter in after a gradient alone: by parameter's name.
+
+    As `observe(..., optimizer=, variant=)` maps what it sketches. With variant "adamw-frozen" the map is linear and
+    symmetric, so that a reference mapped by it yields dots in the optimizer's space:
+
+        <P g, R> = <g, P R>:    observe(model, reference={name: directions[name](r) for name, r in reference.items()})
+
+    `optimizer`: torch's or pyeff's Adam or AdamW, having stepped; moments in 8 bits are decoded to 8 bytes a parameter.
+    Raises `ValueError` where it keeps no moments of a parameter.
+
+    >>> import torch, pyeff
+    >>> model = torch.nn.Linear(3, 1)
+    >>> adamw = torch.optim.AdamW(model.parameters())
+    >>> model(torch.ones(2, 3)).sum().backward()
+    >>> adamw.step()
+    >>> directions = pyeff.optimizer_directions(model, adamw, variant="adamw-frozen")
+    >>> directions["weight"](torch.ones(1, 3))  # gradients were 2
+    tensor([[0.5000, 0.5000, 0.5000]])
+    """
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant must be 'adamw' or 'adamw-frozen', got {variant!r}")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: read() for name, read in _directions(parameters, optimizer, variant == "adamw-frozen").items()}
+
+
 def _directions(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, frozen: bool
-) -> dict[str, AdamWDirection]:
+) -> dict[str, Callable[[], AdamWDirection]]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     groups: dict[int, dict[str, Any]] = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {}
+    found: dict[str, Callable[[], AdamWDirection]] = {}
     for name, parameter in parameters.items():
         group, state = groups.get(id(parameter)), optimizer.state.get(parameter, {})
-        m, v = state.get("exp_avg"), state.get("exp_avg_sq")
-        if group is None or not isinstance(m, Tensor) or not isinstance(v, Tensor) or m.shape != parameter.shape:
+        kept = [state.get(f"{moment}{code}") for moment in ("exp_avg", "exp_avg_sq") for code in ("", "_code")]
+        moments = [t for t in kept if isinstance(t, Tensor) and t.shape == parameter.shape]
+        if group is None or len(moments) != 2 or "betas" not in group:
             raise ValueError(
-                f"optimizer keeps no exp_avg and exp_avg_sq of {name}: it must be Adam or AdamW of torch.optim over "
-                "all observed parameters, and have stepped"
+                f"optimizer keeps no exp_avg and exp_avg_sq of {name}: it must be Adam or AdamW, of torch.optim or "
+                "pyeff.optim, over all observed parameters, and have stepped"
             )
-        found[name] = AdamWDirection(m, v, int(state["step"]), tuple(group["betas"]), group["eps"], frozen=frozen)
+        if any(moment.device != parameter.device for moment in moments):
+            raise ValueError(f"optimizer keeps the moments of {name} on another device than the parameter")
+        found[name] = functools.partial(_direction, state, group, int(state["step"]), frozen)
     return found
+
+
+def _direction(state: Mapping[str, Any], group: Mapping[str, Any], step: int, frozen: bool) -> AdamWDirection:
+    if "exp_avg" in state:
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+    else:
+        size = group["block_size"]
+        m = decode_moment(state["exp_avg_code"], state["exp_avg_scale"], size)
+        v = decode_square(state["exp_avg_sq_code"], state["exp_avg_sq_scale"], size)
+    return AdamWDirection(m, v, step, tuple(group["betas"]), group["eps"], frozen=frozen)

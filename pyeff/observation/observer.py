@@ -77,8 +77,9 @@ def observe(
             prefix of DistributedDataParallel). With a `FactoredSketch`, `layer_sketches` of each matrix.
         reference: Names of parameters and gradients of their shapes: offer the samples' `dots` with them. A parameter
             that is not named adds nothing.
-        optimizer: torch's Adam or AdamW, having stepped: sketch the direction it would step in after each sample's
-            gradient alone (`pyeff.AdamWDirection`), with the moments as they are on entering.
+        optimizer: Adam or AdamW, of torch or of `pyeff.optim`, having stepped: sketch the direction it would step in
+            after each sample's gradient alone (`pyeff.AdamWDirection`), with the moments as they are on entering;
+            states in 8 bits are decoded for one parameter at a time.
         variant: "adamw", or "adamw-frozen" for the linear map by the moments as they are.
 
     Returns:
@@ -258,11 +259,6 @@ class GradientObservation:
 
     def _found(self, forward: Forward, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         return self._zeros(forward).new_zeros(forward.batch.samples, *shape) if found is None else found
-
-    @property
-    def directions(self) -> bool:
-        """Whether gradients are mapped by an optimizer before they are sketched."""
-        return self.features is not None and bool(self.features.directions)
 
     def parameter(self, name: str) -> nn.Parameter:
         """The watched parameter of this name."""

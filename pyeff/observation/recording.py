@@ -106,7 +106,8 @@ class Use:
     def add_features(self, noted: Noted) -> None:
         """Note sketches and dots of the gradient of what the layer was given."""
         if self.scale != 1.0:
-            if noted.sketches is not None and self.forward.observation.directions:
+            features = self.forward.observation.features
+            if noted.sketches is not None and features is not None and not features.linear:
                 self.forward.observation.refuse(self.name, "a multiple of it is used, and AdamW's map is not linear")
                 return
             noted = Noted(*(None if part is None else part * self.scale for part in noted))

@@ -282,3 +282,82 @@ def test_a_factored_sketch_sees_no_optimizer() -> None:
         model(torch.ones(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match="FactoredSketch"):
         seen.layer_sketches
+
+
+def trained(states: str) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
+    """A model after three steps, its optimizer, and three samples' gradients."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(11, 70), nn.LayerNorm(70), nn.Linear(70, 9), nn.Tanh(), nn.Linear(9, 11))
+    ids = torch.randint(0, 11, (3, 4))
+    options = {"lr": 1e-2, "betas": (0.8, 0.95)}
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), **options)
+        if states == "torch"
+        else pyeff.optim.AdamW8bit(model.parameters(), states=states, **options)
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        optimizer.step()
+    shares = [gradient_of(model, model(ids[s : s + 1]).square().sum()) for s in range(3)]
+    return model, optimizer, {"ids": ids} | {n: torch.stack([g[n] for g in shares]) for n in shares[0]}
+
+
+@pytest.mark.parametrize("variant", ["adamw", "adamw-frozen"])
+@pytest.mark.parametrize("states", ["torch", "fp32", "8bit"])
+def test_any_adamw_s_states_map_what_is_sketched(states: str, variant: str) -> None:
+    model, optimizer, grads = trained(states)
+    ids = grads.pop("ids")
+    with pyeff.observe(model, sketch=SKETCH, optimizer=optimizer, variant=variant) as seen:
+        model(ids).square().sum().backward()
+    assert seen.sketch_header["variant"] == variant
+    directions = pyeff.optimizer_directions(model, optimizer, variant=variant)
+    for name, parameter in model.named_parameters():
+        # Against what the optimizer itself says of its states: what it keeps, or as it decodes it.
+        state = optimizer.state[parameter]
+        if states == "8bit":
+            decoded = pyeff.ops.OptimizerStates.zeros([parameter])
+            decoded.first, decoded.first_scale = [state["exp_avg_code"]], [state["exp_avg_scale"]]
+            decoded.second, decoded.second_scale = [state["exp_avg_sq_code"]], [state["exp_avg_sq_scale"]]
+            state = dict(zip(("exp_avg", "exp_avg_sq"), decoded.decode(0), strict=True))
+        assert torch.equal(directions[name].exp_avg, state["exp_avg"])
+        assert torch.equal(directions[name].exp_avg_sq, state["exp_avg_sq"])
+        assert directions[name].step == 3
+    exact = {n: g.double() for n, g in grads.items()}
+    wide = {
+        n: AdamWDirection(d.exp_avg.double(), d.exp_avg_sq.double(), d.step, d.betas, d.eps, frozen=d.frozen)
+        for n, d in directions.items()
+    }
+    wanted = SKETCH(exact, batch_dims=1, directions=wide)
+    # A small second moment magnifies the rounding of gradients: the peer's are those of another order of sums.
+    peer = SKETCH({n: g * (1 + EPS) for n, g in grads.items()}, batch_dims=1, directions=directions)
+    assert_close(seen.sketches, wanted, peer, "sketches")
+
+
+def test_a_reference_in_the_optimizer_s_space() -> None:
+    model, optimizer, grads = trained("8bit")
+    ids, reference = grads.pop("ids"), {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    directions = pyeff.optimizer_directions(model, optimizer, variant="adamw-frozen")
+    with pyeff.observe(model, reference={n: directions[n](r) for n, r in reference.items()}) as seen:
+        model(ids).square().sum().backward()
+
+    def dots(dtype: torch.dtype) -> Tensor:
+        return torch.stack(
+            [(directions[n](g.to(dtype)) * reference[n].to(dtype)).flatten(1).sum(1) for n, g in grads.items()]
+        ).sum(0)
+
+    assert_close(seen.dots, dots(torch.float64), dots(torch.float32), "dots")
+
+
+def test_optimizers_without_second_moments_are_refused() -> None:
+    model = nn.Linear(70, 2)
+    for optimizer in (
+        pyeff.optim.Lion8bit(model.parameters()),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    ):
+        model(torch.ones(2, 70)).sum().backward()
+        optimizer.step()
+        with pytest.raises(ValueError, match="optimizer keeps no exp_avg and exp_avg_sq of weight"):
+            pyeff.observe(model, sketch=SKETCH, optimizer=optimizer)
+    with pytest.raises(ValueError, match="variant must be"):
+        pyeff.optimizer_directions(model, optimizer, variant="adam")
