@@ -84,6 +84,7 @@ PYEFF_LANE float max_of(float a, float b) { return a > b ? a : b; }
 PYEFF_LANE float min_of(float a, float b) { return a < b ? a : b; }
 PYEFF_LANE float abs_of(float x) { return float_of_bits(bits_of(x) & 0x7fffffffu); }
 PYEFF_LANE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
+PYEFF_LANE uint32_t min_of(uint32_t a, uint32_t b) { return a < b ? a : b; }
 // Of a number below 2^31, and of an integer in two's complement.
 PYEFF_LANE float float_of_uint(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 PYEFF_LANE float float_of_int(uint32_t u) { return float_of_uint(u); }

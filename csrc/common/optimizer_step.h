@@ -158,9 +158,11 @@ PYEFF_LANE F decode_signed(U code, F factor) {
 // relative = m / scale, at most 31/32 in magnitude. Only the low eight bits of the result count.
 template <class U, class F>
 PYEFF_LANE U encode_signed(F relative, U like) {
-    const U bits = bits_of(relative), sign = broadcast(0x80000000u, like);
-    const U magnitude = bits & broadcast(0x7fffffffu, like);
-    const F t = float_of_bits(((magnitude + broadcast(3u * BITS_OF_ONE, like)) >> 2) | (bits & sign));
+    // A sign would carry into bit 29 of the quarter of a negative number, which is set in that of every positive one:
+    // both it and the sign come back with `bits`. Where bit 29 of `bits` is not set, the code is zero anyhow.
+    const U bits = bits_of(relative);
+    const U quarter = (bits + broadcast(3u * BITS_OF_ONE, like)) >> 2;
+    const F t = float_of_bits(quarter | (bits & broadcast(0xa0000000u, like)));
     // Adding 1.5 2^16 rounds t to nearest even 1/128 and leaves 128 t in the lowest bits, in two's complement.
     return bits_of(t + broadcast(98304.0f, relative));
 }
@@ -168,18 +170,18 @@ PYEFF_LANE U encode_signed(F relative, U like) {
 // sqrt(v): t = (code + 1) / 256 in the top binade, four binades for each halving of t below it; never zero.
 template <class U, class F>
 PYEFF_LANE F decode_root(U code, F factor) {
-    const F t = float_of_uint(code) + broadcast(1.0f, factor);
-    const F quartic = float_of_bits((bits_of(t) << 2) - broadcast(3u * BITS_OF_ONE + 21u * BINADE, code));
-    return min_of(t, quartic) * factor;
+    // Positive floats are in the order of their bits, and integers are compared by more units of a processor.
+    const U t = bits_of(float_of_uint(code + broadcast(1u, code)));
+    return float_of_bits(min_of(t, (t << 2) - broadcast(3u * BITS_OF_ONE + 21u * BINADE, code))) * factor;
 }
 
 // relative = sqrt(v) / scale, in [0, 1]. Only the low eight bits of the result count.
 template <class U, class F>
 PYEFF_LANE U encode_root(F relative, U like) {
-    const U quarter = (bits_of(relative) + broadcast(3u * BITS_OF_ONE - 3u * BINADE, like)) >> 2;
-    const F t = max_of(max_of(relative, float_of_bits(quarter)), broadcast(1.0f / 256.0f, relative));
+    const U bits = bits_of(relative), quarter = (bits + broadcast(3u * BITS_OF_ONE - 3u * BINADE, like)) >> 2;
+    const U t = max_of(max_of(bits, quarter), broadcast(BITS_OF_ONE - 8u * BINADE, like));
     // Rounds t to nearest even 1/256 and takes one off.
-    return bits_of(t + broadcast(32768.0f - 1.0f / 256.0f, relative));
+    return bits_of(float_of_bits(t) + broadcast(32768.0f - 1.0f / 256.0f, relative));
 }
 
 // For blocks that hold NaN or Inf: those saturate their codes, NaN as if it were positive.
@@ -199,17 +201,18 @@ PYEFF_LANE auto widened(U half) {
 // NaN of every kind becomes this one.
 constexpr uint32_t BF16_NAN = 0x7fc0u;
 
+// In the high half of a lane; the low one is to be dropped.
 template <class F>
 PYEFF_LANE auto rounded_to_nearest(F x) {
     const auto u = bits_of(x);
-    const auto rounded = (u + broadcast(0x7fffu, u) + ((u >> 16) & broadcast(1u, u))) >> 16;
-    return select(x == x, rounded, broadcast(BF16_NAN, u));
+    const auto rounded = u + broadcast(0x7fffu, u) + ((u >> 16) & broadcast(1u, u));
+    return select(x == x, rounded, broadcast(BF16_NAN << 16, u));
 }
 
-// `random` in 0..65535: up with the probability of the part that is cut off.
+// Likewise. `random` in 0..65535: up with the probability of the part that is cut off.
 template <class F, class U>
 PYEFF_LANE U rounded_at_random(F x, U random) {
-    return select(x == x, (bits_of(x) + random) >> 16, broadcast(BF16_NAN, random));
+    return select(x == x, bits_of(x) + random, broadcast(BF16_NAN << 16, random));
 }
 
 // The weight to 24 bits: the nearest bf16, and the rest in units of 2^-8 of its last place, in two's complement.
@@ -236,6 +239,11 @@ template <class U>
 PYEFF_LANE U random_count(U index, uint64_t key) {
     return index * broadcast(RANDOM_STRIDE, index) + broadcast(static_cast<uint32_t>(key), index);
 }
+// The count of an element so many places on.
+template <class U>
+PYEFF_LANE U random_count_after(U count, uint32_t places) {
+    return count + broadcast(places * RANDOM_STRIDE, count);
+}
 template <class U>
 PYEFF_LANE U random_bits(U count, uint64_t key) {
     U x = (count ^ (count >> 16)) * broadcast(0x21f0aaadu, count);
@@ -261,22 +269,30 @@ PYEFF_LANE F decayed(F g, F p, const StepScalars& s) {
     return g + p * broadcast(s.l2, p);
 }
 
+// Adam's step in two parts, between which stands `root_and_inverse` of the square.
+template <class F>
+struct Moments {
+    F mean, square;
+};
+template <bool CODED, class F>
+PYEFF_LANE Moments<F> adam_moments(F g, F first, F second, const StepScalars& s) {
+    if (CODED) return {first + g, second * second + g * g};
+    return {first + (g - first) * broadcast(s.gradient_in, g),
+            second * broadcast(s.second_in, g) + (g * broadcast(s.gradient_in2, g)) * g};
+}
+template <class F>
+PYEFF_LANE F adam_stepped(F p, F mean, F inverse, const StepScalars& s) {
+    return p * broadcast(s.decay, p) - mean * broadcast(s.step_size, p) * inverse;
+}
+
 // `first` and `second` are decoded (beta1 M, sqrt(beta2) R) to (M, R) where CODED, else m and v as they are kept.
 template <int RULE, bool CODED, class F>
 PYEFF_LANE Updated<F> updated(F p, F g, F first, F second, bool nesterov, const StepScalars& s) {
     if (RULE == RULE_ADAM) {
-        F moment, square;
-        if (CODED) {
-            moment = first + g;
-            square = second * second + g * g;
-        } else {
-            moment = first + (g - first) * broadcast(s.gradient_in, g);
-            square = second * broadcast(s.second_in, g) + (g * broadcast(s.gradient_in2, g)) * g;
-        }
+        const Moments<F> moments = adam_moments<CODED>(g, first, second, s);
         F root, inverse;
-        root_and_inverse(square, broadcast(s.eps, g), root, inverse);
-        const F step = moment * broadcast(s.step_size, p) * inverse;
-        return {p * broadcast(s.decay, p) - step, moment, CODED ? root : square};
+        root_and_inverse(moments.square, broadcast(s.eps, g), root, inverse);
+        return {adam_stepped(p, moments.mean, inverse, s), moments.mean, CODED ? root : moments.square};
     }
     const F beta1 = broadcast(s.first_in, g), gradient_in = broadcast(s.gradient_in, g);
     const F step_size = broadcast(s.step_size, g);

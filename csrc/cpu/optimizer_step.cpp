@@ -1,56 +1,22 @@
-// A block of a tensor is taken through four passes while it lies in the first level of cache: gradients and weights to
-// fp32 where they are not, the step, weights back to bf16, and moments to codes once the scale is known. Each byte of
-// memory is read once and written once.
+// Consecutive blocks of a tensor are taken through passes while they lie in the first level of cache: gradients and
+// weights to fp32 where they are not, the step, weights back to bf16, and moments to codes once the scales are known.
+// Each byte of memory is read once and written once.
 #include "cpu/optimizer_step.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/optimizer_lanes.h"
 
 namespace pyeff {
 namespace PYEFF_LEVEL {
 namespace {
 
 constexpr int64_t LARGEST_BLOCK = 2048;
-constexpr int64_t NORM_CHUNK = 4096, NORM_GROUP = 256;  // as in csrc/cuda/optimizer_step.cu
-
-// What a pass does is written once, for sixteen elements or for one at the ragged end of a tensor: `like` arguments
-// choose. The end takes one lane at a time, as the GPU does.
-PYEFF_LANE F16 load_like(const float* p, F16) { return load(p); }
-PYEFF_LANE float load_like(const float* p, float) { return *p; }
-PYEFF_LANE U16 half_like(const uint16_t* p, U16) { return load_u16(p); }
-PYEFF_LANE uint32_t half_like(const uint16_t* p, uint32_t) { return *p; }
-PYEFF_LANE U16 byte_like(const uint8_t* p, U16) { return load_u8(p); }
-PYEFF_LANE uint32_t byte_like(const uint8_t* p, uint32_t) { return *p; }
-PYEFF_LANE U16 high_byte_like(const uint8_t* p, U16) { return load_high_u8(p); }
-PYEFF_LANE uint32_t high_byte_like(const uint8_t* p, uint32_t) { return uint32_t{*p} << 24; }
-PYEFF_LANE void keep(float* p, F16 x) { store(p, x); }
-PYEFF_LANE void keep(float* p, float x) { *p = x; }
-PYEFF_LANE void keep_half(uint16_t* p, U16 x) { store_u16(p, x); }
-PYEFF_LANE void keep_half(uint16_t* p, uint32_t x) { *p = static_cast<uint16_t>(x); }
-PYEFF_LANE void keep_byte(uint8_t* p, U16 x) { store_u8(p, x & splat(0xffu)); }
-PYEFF_LANE void keep_byte(uint8_t* p, uint32_t x) { *p = static_cast<uint8_t>(x); }
-PYEFF_LANE void keep_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) { store_low_bytes(p, x, q, y); }
-PYEFF_LANE void keep_bytes(uint8_t* p, uint32_t x, uint8_t* q, uint32_t y) {
-    *p = static_cast<uint8_t>(x);
-    *q = static_cast<uint8_t>(y);
-}
-PYEFF_LANE U16 index_like(int64_t i, U16) {
-    alignas(64) static constexpr uint8_t COUNT[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return load_u8(COUNT) + splat(static_cast<uint32_t>(i));
-}
-PYEFF_LANE uint32_t index_like(int64_t i, uint32_t) { return static_cast<uint32_t>(i); }
-
-#define PYEFF_INLINE __attribute__((always_inline))
-
-template <class Body>
-PYEFF_LANE void for_lanes(int64_t n, Body body) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) body(i, F16{}, U16{});
-    for (; i < n; ++i) body(i, float{}, uint32_t{});
-}
+// A block is coded when its last element has been updated and its largest moments are known, some 80 cycles later.
+// Blocks are taken in runs of so many elements, updated one after the other and then coded, so that this is waited for
+// once a run.
+constexpr int64_t RUN = 1024, MOST_BLOCKS = 16;
 
 // The largest magnitude, as an integer: that puts Inf above all numbers and NaN above Inf.
 struct Largest {
@@ -58,6 +24,9 @@ struct Largest {
     uint32_t rest = 0;
     PYEFF_INLINE void see(F16 x) { lanes = max_of(bits_of(abs_of(x)), lanes); }
     PYEFF_INLINE void see(float x) { rest = max_of(bits_of(abs_of(x)), rest); }
+    // Of a number that is not below zero, or NaN with any sign.
+    PYEFF_INLINE void see_positive(F16 x) { lanes = max_of(bits_of(x), lanes); }
+    PYEFF_INLINE void see_positive(float x) { rest = max_of(bits_of(x), rest); }
     uint32_t bits() const { return max_of(max_of_lanes(lanes), rest); }
 };
 
@@ -70,13 +39,14 @@ struct Buffers {
     alignas(64) float p[LARGEST_BLOCK];
 };
 
-// One block of one tensor: addresses moved to its start.
-struct Block {
-    int64_t n, index;
+// Consecutive blocks of one tensor: addresses moved to their start.
+struct Run {
+    int64_t n, blocks, index;  // elements, blocks, and the number of the first block in its parameter
     void* p;
     const void* g;
     void *first, *second, *master;
-    float *first_scale, *second_scale;
+    float *first_scales, *second_scales;
+    int64_t starts[MOST_BLOCKS + 1];
 };
 
 // NaN and Inf belong to their element alone: a scale made of them would spoil the whole block.
@@ -89,16 +59,26 @@ float largest_finite(const float* x, int64_t n) {
     return float_of_bits(largest);
 }
 
-// Weights in bf16 with what stands beside them.
+// Weights in bf16 with what stands beside them, in one block where they are rounded at random.
 template <int64_t WEIGHT>
 struct Halves {
     uint16_t* p;
     uint8_t* errors;
     uint64_t key = 0;
+    int64_t start = 0;
+    U16 counts = splat(0u);
 
-    Halves(const Block& b, const StepScalars& s)
-        : p(static_cast<uint16_t*>(b.p)), errors(static_cast<uint8_t*>(b.master)) {
-        if (WEIGHT == WEIGHT_STOCHASTIC) key = random_key(s, b.index);
+    explicit Halves(const Run& r) : p(static_cast<uint16_t*>(r.p)), errors(static_cast<uint8_t*>(r.master)) {}
+    void enter(int64_t block, const Run& r, const StepScalars& s) {
+        key = random_key(s, r.index + block);
+        start = r.starts[block];
+        counts = random_count(lane_numbers(), key);
+    }
+    PYEFF_INLINE U16 count(int64_t i, U16) const {
+        return random_count_after(counts, static_cast<uint32_t>(i - start));
+    }
+    PYEFF_INLINE uint32_t count(int64_t i, uint32_t) const {
+        return random_count(static_cast<uint32_t>(i - start), key);
     }
     template <class U>
     PYEFF_INLINE auto weight(int64_t i, U u) const {
@@ -110,72 +90,82 @@ struct Halves {
     template <class F, class U>
     PYEFF_INLINE void keep_weight(int64_t i, F x, U u) {
         if constexpr (WEIGHT == WEIGHT_STOCHASTIC) {
-            keep_half(p + i, rounded_at_random(x, random_bits(random_count(index_like(i, u), key), key)));
+            keep_high_half(p + i, rounded_at_random(x, random_bits(count(i, u), key)));
         } else if constexpr (WEIGHT == WEIGHT_ECC8) {
             U half = u, error = u;
             split_in_24_bits(x, half, error);
             keep_half(p + i, half);
             keep_byte(errors + i, error);
         } else {
-            keep_half(p + i, rounded_to_nearest(x));
+            keep_high_half(p + i, rounded_to_nearest(x));
         }
     }
 };
 
 template <int64_t WEIGHT>
-void widen(const Block& b, const StepScalars& s, float* to) {
-    const Halves<WEIGHT> halves(b, s);
-    for_lanes(b.n, [&](int64_t i, auto, auto u) PYEFF_INLINE { keep(to + i, halves.weight(i, u)); });
+void widen(const Run& r, float* to) {
+    const Halves<WEIGHT> halves(r);
+    for_lanes(0, r.n, [&](int64_t i, auto, auto u) PYEFF_INLINE { keep(to + i, halves.weight(i, u)); });
 }
 
 template <int64_t WEIGHT>
-void narrow(const Block& b, const StepScalars& s, const float* from) {
-    Halves<WEIGHT> halves(b, s);
-    for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE { halves.keep_weight(i, load_like(from + i, f), u); });
+void narrow(const Run& r, const StepScalars& s, const float* from) {
+    Halves<WEIGHT> halves(r);
+    const auto keep_weights = [&](int64_t begin, int64_t end) PYEFF_INLINE {
+        for_lanes(begin, end,
+                  [&](int64_t i, auto f, auto u) PYEFF_INLINE { halves.keep_weight(i, load_like(from + i, f), u); });
+    };
+    if (WEIGHT != WEIGHT_STOCHASTIC) return keep_weights(0, r.n);
+    for (int64_t block = 0; block < r.blocks; ++block) {
+        halves.enter(block, r, s);
+        keep_weights(r.starts[block], r.starts[block + 1]);
+    }
 }
 
-float* weights_of(const Block& b, int64_t weight, const StepScalars& s, Buffers& buffers) {
-    if (weight == WEIGHT_FLOAT32) return static_cast<float*>(b.p);
-    if (weight == WEIGHT_MASTER) return static_cast<float*>(b.master);
-    (weight == WEIGHT_ECC8 ? &widen<WEIGHT_ECC8> : &widen<WEIGHT_NEAREST>)(b, s, buffers.p);
+float* weights_of(const Run& r, int64_t weight, Buffers& buffers) {
+    if (weight == WEIGHT_FLOAT32) return static_cast<float*>(r.p);
+    if (weight == WEIGHT_MASTER) return static_cast<float*>(r.master);
+    (weight == WEIGHT_ECC8 ? &widen<WEIGHT_ECC8> : &widen<WEIGHT_NEAREST>)(r, buffers.p);
     return buffers.p;
 }
 
-void return_weights(const Block& b, int64_t weight, const StepScalars& s, const float* from) {
+void return_weights(const Run& r, int64_t weight, const StepScalars& s, const float* from) {
     if (weight == WEIGHT_STOCHASTIC)
-        narrow<WEIGHT_STOCHASTIC>(b, s, from);
+        narrow<WEIGHT_STOCHASTIC>(r, s, from);
     else if (weight == WEIGHT_ECC8)
-        narrow<WEIGHT_ECC8>(b, s, from);
+        narrow<WEIGHT_ECC8>(r, s, from);
     else if (weight != WEIGHT_FLOAT32)
-        narrow<WEIGHT_NEAREST>(b, s, from);
+        narrow<WEIGHT_NEAREST>(r, s, from);
 }
 
-const float* gradients_of(const Block& b, int64_t g_dtype, const float* p, const StepScalars& s, Buffers& buffers) {
-    const float* g = static_cast<const float*>(b.g);
+const float* gradients_of(const Run& r, int64_t g_dtype, const float* p, const StepScalars& s, Buffers& buffers) {
+    const float* g = static_cast<const float*>(r.g);
     if (g_dtype == DTYPE_BFLOAT16) {
-        const auto* half = static_cast<const uint16_t*>(b.g);
-        for_lanes(b.n,
+        const auto* half = static_cast<const uint16_t*>(r.g);
+        for_lanes(0, r.n,
                   [&](int64_t i, auto, auto u) PYEFF_INLINE { keep(buffers.g + i, widened(half_like(half + i, u))); });
         g = buffers.g;
     }
     if (s.clip != 1.0f) {
-        for_lanes(b.n,
+        for_lanes(0, r.n,
                   [&](int64_t i, auto f, auto) PYEFF_INLINE { keep(buffers.g + i, clipped(load_like(g + i, f), s)); });
         g = buffers.g;
     }
     if (s.l2 != 0.0f) {
-        for_lanes(b.n, [&](int64_t i, auto f, auto)
-                           PYEFF_INLINE { keep(buffers.g + i, decayed(load_like(g + i, f), load_like(p + i, f), s)); });
+        for_lanes(0, r.n, [&](int64_t i, auto f, auto) PYEFF_INLINE {
+            keep(buffers.g + i, decayed(load_like(g + i, f), load_like(p + i, f), s));
+        });
         g = buffers.g;
     }
     return g;
 }
 
 template <int RULE, bool CLAMP>
-void encode(const Block& b, float first_by, float second_by, const Buffers& buffers) {
-    auto* first = static_cast<uint8_t*>(b.first);
-    auto* second = static_cast<uint8_t*>(b.second);
-    for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
+PYEFF_LANE void encode(const Run& r, int64_t begin, int64_t end, float first_by, float second_by,
+                       const Buffers& buffers) {
+    auto* first = static_cast<uint8_t*>(r.first);
+    auto* second = static_cast<uint8_t*>(r.second);
+    for_lanes(begin, end, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
         auto moment = load_like(buffers.first + i, f) * broadcast(first_by, f);
         if (CLAMP) moment = clamped(moment, LARGEST_CODED);
         if (RULE != RULE_ADAM) {
@@ -189,13 +179,58 @@ void encode(const Block& b, float first_by, float second_by, const Buffers& buff
 }
 
 template <int RULE>
-void update_coded(const Block& b, float* p, const float* g, bool nesterov, const StepScalars& s, Buffers& buffers) {
-    const auto* first = static_cast<const uint8_t*>(b.first);
-    const auto* second = static_cast<const uint8_t*>(b.second);
-    const float by_first = first_factor<RULE>(*b.first_scale, s);
-    const float by_second = RULE == RULE_ADAM ? root_factor(*b.second_scale, s) : 0.0f;
+__attribute__((noinline)) void encode_nonfinite(const Run& r, int64_t begin, int64_t end, float first_by,
+                                                float second_by, const Buffers& buffers) {
+    encode<RULE, true>(r, begin, end, first_by, second_by, buffers);
+}
+
+// The bits of the largest moment and of the largest root of a block.
+struct LargestBits {
+    uint32_t first, root;
+};
+
+template <int RULE>
+PYEFF_LANE LargestBits update_block(const Run& r, int64_t block, float* p, const float* g, bool nesterov,
+                                    const StepScalars& s, Buffers& buffers) {
+    const auto* first = static_cast<const uint8_t*>(r.first);
+    const auto* second = static_cast<const uint8_t*>(r.second);
+    const float by_first = first_factor<RULE>(r.first_scales[block], s);
+    const float by_second = RULE == RULE_ADAM ? root_factor(r.second_scales[block], s) : 0.0f;
     Largest largest_first, largest_root;
-    for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
+    int64_t begin = r.starts[block];
+    const int64_t end = r.starts[block + 1];
+    if (RULE == RULE_ADAM) {
+        // The divider changes between roots and quotients at a cost, and what comes before them has few places to wait
+        // in: so two of each, while the two moments after them are decoded.
+        const auto moments = [&](int64_t i) PYEFF_INLINE {
+            const F16 first_moment = decode_signed(load_high_u8(first + i), splat(by_first));
+            return adam_moments<true>(load(g + i), first_moment, decode_root(load_u8(second + i), splat(by_second)), s);
+        };
+        const auto finish = [&](int64_t i, Moments<F16> m, F16 root, F16 inverse) PYEFF_INLINE {
+            store(p + i, adam_stepped(load(p + i), m.mean, inverse, s));
+            store(buffers.first + i, m.mean);
+            store(buffers.second + i, root);
+            largest_first.see(m.mean);
+            largest_root.see_positive(root);
+        };
+        if (begin + 2 * LANES <= end) {
+            Moments<F16> one = moments(begin), two = moments(begin + LANES);
+            while (begin + 2 * LANES <= end) {
+                const int64_t i = begin;
+                begin += 2 * LANES;
+                F16 root, other_root, inverse, other_inverse;
+                roots_and_inverses(one.square, two.square, splat(s.eps), root, other_root, inverse, other_inverse);
+                const Moments<F16> now = one, then = two;
+                if (begin + 2 * LANES <= end) {
+                    one = moments(begin);
+                    two = moments(begin + LANES);
+                }
+                finish(i, now, root, inverse);
+                finish(i + LANES, then, other_root, other_inverse);
+            }
+        }
+    }
+    for_lanes(begin, end, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
         const auto moment = decode_signed(high_byte_like(first + i, u), broadcast(by_first, f));
         auto root = f;
         if (RULE == RULE_ADAM) root = decode_root(byte_like(second + i, u), broadcast(by_second, f));
@@ -205,26 +240,44 @@ void update_coded(const Block& b, float* p, const float* g, bool nesterov, const
         largest_first.see(lane.first);
         if (RULE == RULE_ADAM) {
             keep(buffers.second + i, lane.second);
-            largest_root.see(lane.second);
+            largest_root.see_positive(lane.second);
         }
     });
-    const uint32_t first_bits = largest_first.bits(), root_bits = largest_root.bits();
-    const bool finite = max_of(first_bits, root_bits) < BITS_OF_INFINITY;
-    *b.first_scale = first_scale(finite ? float_of_bits(first_bits) : largest_finite(buffers.first, b.n), s);
-    float root_by = 0.0f;
-    if (RULE == RULE_ADAM) {
-        *b.second_scale = root_scale(finite ? float_of_bits(root_bits) : largest_finite(buffers.second, b.n), s);
-        root_by = root_divisor(*b.second_scale, s);
-    }
-    const auto encoding = finite ? &encode<RULE, false> : &encode<RULE, true>;
-    encoding(b, first_divisor(*b.first_scale, s), root_by, buffers);
+    return {largest_first.bits(), largest_root.bits()};
 }
 
 template <int RULE>
-void update_float(const Block& b, float* p, const float* g, bool nesterov, const StepScalars& s, Buffers&) {
-    auto* first = static_cast<float*>(b.first);
-    auto* second = static_cast<float*>(b.second);
-    for_lanes(b.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
+void update_coded(const Run& r, float* p, const float* g, bool nesterov, const StepScalars& shared, Buffers& buffers) {
+    const StepScalars s = shared;  // no store can change them
+    LargestBits largest[MOST_BLOCKS];
+    for (int64_t block = 0; block < r.blocks; ++block)
+        largest[block] = update_block<RULE>(r, block, p, g, nesterov, s, buffers);
+    for (int64_t block = 0; block < r.blocks; ++block) {
+        const int64_t begin = r.starts[block], end = r.starts[block + 1];
+        const bool finite = max_of(largest[block].first, largest[block].root) < BITS_OF_INFINITY;
+        const auto scaled_to = [&](uint32_t bits, const float* moments) {
+            return finite ? float_of_bits(bits) : largest_finite(moments + begin, end - begin);
+        };
+        float& scale = r.first_scales[block];
+        scale = first_scale(scaled_to(largest[block].first, buffers.first), s);
+        float root_by = 0.0f;
+        if (RULE == RULE_ADAM) {
+            r.second_scales[block] = root_scale(scaled_to(largest[block].root, buffers.second), s);
+            root_by = root_divisor(r.second_scales[block], s);
+        }
+        if (finite)
+            encode<RULE, false>(r, begin, end, first_divisor(scale, s), root_by, buffers);
+        else
+            encode_nonfinite<RULE>(r, begin, end, first_divisor(scale, s), root_by, buffers);
+    }
+}
+
+template <int RULE>
+void update_float(const Run& r, float* p, const float* g, bool nesterov, const StepScalars& shared, Buffers&) {
+    auto* first = static_cast<float*>(r.first);
+    auto* second = static_cast<float*>(r.second);
+    const StepScalars s = shared;
+    for_lanes(0, r.n, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
         auto square = f;
         if (RULE == RULE_ADAM) square = load_like(second + i, f);
         const auto lane = updated<RULE, false>(load_like(p + i, f), load_like(g + i, f), load_like(first + i, f),
@@ -235,7 +288,7 @@ void update_float(const Block& b, float* p, const float* g, bool nesterov, const
     });
 }
 
-using Update = void (*)(const Block&, float*, const float*, bool, const StepScalars&, Buffers&);
+using Update = void (*)(const Run&, float*, const float*, bool, const StepScalars&, Buffers&);
 
 Update update_of(const OptimizerRule& rule) {
     switch (rule.rule) {
@@ -245,106 +298,39 @@ Update update_of(const OptimizerRule& rule) {
     }
 }
 
-int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
 int64_t blocks_of(const OptimizerTensor& t, int64_t block_size) {
     return t.row == t.size ? parts_of(t.size, block_size) : t.size / t.row * parts_of(t.row, block_size);
 }
 
-Block block_of(const OptimizerTensor& t, int64_t block, const OptimizerRule& rule) {
-    int64_t at = block * rule.block_size, end = t.size;
-    if (t.row != t.size) {
-        const int64_t in_row = parts_of(t.row, rule.block_size), row = block / in_row;
-        at = row * t.row + block % in_row * rule.block_size;
-        end = (row + 1) * t.row;
-    }
+// The blocks from `block` on, before `last`, that make a run.
+Run run_of(const OptimizerTensor& t, int64_t block, int64_t last, const OptimizerRule& rule) {
+    const int64_t in_row = parts_of(t.row, rule.block_size), row = block / in_row;
+    const int64_t at = row * t.row + block % in_row * rule.block_size;
     const int64_t state_bytes = rule.coded ? 1 : 4;
     const auto moved = [&](int64_t address, int64_t bytes) {
         return address ? reinterpret_cast<char*>(address) + at * bytes : nullptr;
     };
-    return {std::min(rule.block_size, end - at),
-            t.first_block + block,
-            moved(t.p, t.weight == WEIGHT_FLOAT32 ? 4 : 2),
-            moved(t.g, t.g_dtype == DTYPE_FLOAT32 ? 4 : 2),
-            moved(t.first, state_bytes),
-            moved(t.second, state_bytes),
-            moved(t.master, t.weight == WEIGHT_MASTER ? 4 : 1),
-            reinterpret_cast<float*>(t.first_scale) + block,
-            reinterpret_cast<float*>(t.second_scale) + block};
-}
-
-// Parts [first, last) of the concatenation of all tensors, of which each has parts_of(tensor).
-template <class Parts, class Body>
-void for_parts(const OptimizerTensor* tensors, int64_t count, Parts parts_of, int64_t first, int64_t last, Body body) {
-    int64_t start = 0;
-    for (int64_t i = 0; i < count && start < last; ++i) {
-        const int64_t parts = parts_of(tensors[i]), end = start + parts;
-        if (end > first) body(i, std::max(first - start, int64_t{0}), std::min(last - start, parts), start);
-        start = end;
+    Run r = {0,
+             0,
+             t.first_block + block,
+             moved(t.p, t.weight == WEIGHT_FLOAT32 ? 4 : 2),
+             moved(t.g, t.g_dtype == DTYPE_FLOAT32 ? 4 : 2),
+             moved(t.first, state_bytes),
+             moved(t.second, state_bytes),
+             moved(t.master, t.weight == WEIGHT_MASTER ? 4 : 1),
+             reinterpret_cast<float*>(t.first_scale) + block,
+             reinterpret_cast<float*>(t.second_scale) + block,
+             {}};
+    const int64_t most = std::min(MOST_BLOCKS, last - block), longest = std::max(RUN, rule.block_size);
+    int64_t row_end = (row + 1) * t.row - at;
+    while (r.blocks < most) {
+        const int64_t size = std::min(rule.block_size, row_end - r.n);
+        if (r.n + size > longest) break;
+        r.n += size;
+        r.starts[++r.blocks] = r.n;
+        if (r.n == row_end) row_end += t.row;
     }
-}
-
-// Runs body(first, last) for shares of `total` parts.
-template <class Body>
-void share(int64_t total, int64_t part, int threads, Body body) {
-    // Waking a thread costs as much as some ten thousand elements.
-    const int64_t useful = total * part / 16384 + 1;
-    const int64_t team = std::max(std::min(static_cast<int64_t>(threads), useful), int64_t{1});
-#pragma omp parallel for num_threads(static_cast<int>(team)) schedule(static, 1)
-    for (int64_t i = 0; i < team; ++i) body(total * i / team, total * (i + 1) / team);
-}
-
-template <class Parts>
-int64_t all_parts(const OptimizerTensor* tensors, int64_t count, Parts parts_of) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += parts_of(tensors[i]);
-    return total;
-}
-
-// The squares of one chunk. Element i is added by lane i % 16 of group i / 256, in order of i; then groups and lanes
-// are halved until one is left.
-template <class T>
-double squares_of(const float* g, int64_t n) {
-    T sums[NORM_CHUNK / NORM_GROUP * LANES];
-    for (int64_t group = 0; group < NORM_CHUNK / NORM_GROUP; ++group)
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            T sum = 0;
-            for (int64_t i = group * NORM_GROUP + lane; i < std::min(n, (group + 1) * NORM_GROUP); i += LANES)
-                sum = sum + static_cast<T>(g[i]) * static_cast<T>(g[i]);
-            sums[group * LANES + lane] = sum;
-        }
-    for (int64_t half = NORM_CHUNK / NORM_GROUP * LANES / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
-    return sums[0];
-}
-
-double fast_squares(const float* g) {
-    F16 sums[NORM_CHUNK / NORM_GROUP];
-    for (int64_t group = 0; group < NORM_CHUNK / NORM_GROUP; ++group) {
-        F16 sum = splat(0.0f);
-        for (int64_t i = 0; i < NORM_GROUP; i += LANES) {
-            const F16 x = load(g + group * NORM_GROUP + i);
-            sum = sum + x * x;
-        }
-        sums[group] = sum;
-    }
-    for (int64_t half = NORM_CHUNK / NORM_GROUP / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
-    return sum_of(sums[0]);
-}
-
-double chunk_squares(const OptimizerTensor& t, int64_t chunk) {
-    const int64_t at = chunk * NORM_CHUNK, n = std::min(NORM_CHUNK, t.size - at);
-    alignas(64) float buffer[NORM_CHUNK];
-    const float* g = reinterpret_cast<const float*>(t.g) + at;
-    if (t.g_dtype == DTYPE_BFLOAT16) {
-        const auto* half = reinterpret_cast<const uint16_t*>(t.g) + at;
-        for_lanes(n, [&](int64_t i, auto, auto u) PYEFF_INLINE { keep(buffer + i, widened(half_like(half + i, u))); });
-        g = buffer;
-    }
-    const double sum = n == NORM_CHUNK ? fast_squares(g) : squares_of<float>(g, n);
-    // A square of a finite gradient may be beyond fp32, and is never beyond double.
-    return sum <= LARGEST_FLOAT ? sum : squares_of<double>(g, n);
+    return r;
 }
 
 }  // namespace
@@ -371,32 +357,16 @@ bool optimizer_step(const OptimizerTensor* tensors, int64_t count, const Optimiz
         for_parts(tensors, count, blocks, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t) {
             const OptimizerTensor& t = tensors[i];
             const StepScalars& s = scalars[i];
-            for (int64_t block = begin; block < end; ++block) {
-                const Block b = block_of(t, block, rule);
-                float* p = weights_of(b, t.weight, s, buffers);
-                update(b, p, gradients_of(b, t.g_dtype, p, s, buffers), rule.nesterov != 0, s, buffers);
-                return_weights(b, t.weight, s, p);
+            for (int64_t block = begin; block < end;) {
+                const Run r = run_of(t, block, end, rule);
+                float* p = weights_of(r, t.weight, buffers);
+                update(r, p, gradients_of(r, t.g_dtype, p, s, buffers), rule.nesterov != 0, s, buffers);
+                return_weights(r, t.weight, s, p);
+                block += r.blocks;
             }
         });
     });
     return true;
-}
-
-double global_norm(const OptimizerTensor* tensors, int64_t count, int threads) {
-    const auto chunks_of = [](const OptimizerTensor& t) { return parts_of(t.size, NORM_CHUNK); };
-    std::vector<double> squares(static_cast<size_t>(all_parts(tensors, count, chunks_of)));
-    const auto chunks = static_cast<int64_t>(squares.size());
-    share(chunks, NORM_CHUNK, threads, [&](int64_t first, int64_t last) {
-        for_parts(tensors, count, chunks_of, first, last, [&](int64_t i, int64_t begin, int64_t end, int64_t start) {
-            for (int64_t chunk = begin; chunk < end; ++chunk) squares[start + chunk] = chunk_squares(tensors[i], chunk);
-        });
-    });
-    // As a thread block does it: every thread its share in order, then halving.
-    double sums[NORM_GROUP] = {};
-    for (int64_t i = 0; i < chunks; ++i) sums[i % NORM_GROUP] = sums[i % NORM_GROUP] + squares[i];
-    for (int64_t half = NORM_GROUP / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
-    return sqrt_of(sums[0]);
 }
 
 }  // namespace PYEFF_LEVEL

@@ -66,6 +66,11 @@ PYEFF_LANE U16 load_u16(const uint16_t* p) {
 PYEFF_LANE void store_u16(uint16_t* p, U16 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v));
 }
+PYEFF_LANE void store_high_u16(uint16_t* p, U16 x) {
+    const __m512i odd = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23,
+                                         21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, x.v)));
+}
 
 #define PYEFF_BINARY(T, op, call) \
     PYEFF_LANE T op(T a, T b) { return {call(a.v, b.v)}; }
@@ -82,6 +87,7 @@ PYEFF_BINARY(U16, operator|, _mm512_or_si512)
 PYEFF_BINARY(U16, operator^, _mm512_xor_si512)
 PYEFF_BINARY(U16, operator*, _mm512_mullo_epi32)
 PYEFF_BINARY(U16, max_of, _mm512_max_epu32)
+PYEFF_BINARY(U16, min_of, _mm512_min_epu32)
 #undef PYEFF_BINARY
 PYEFF_LANE U16 operator<<(U16 a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 PYEFF_LANE U16 operator>>(U16 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
@@ -168,6 +174,7 @@ PYEFF_BINARY(U16, operator|, _mm256_or_si256)
 PYEFF_BINARY(U16, operator^, _mm256_xor_si256)
 PYEFF_BINARY(U16, operator*, _mm256_mullo_epi32)
 PYEFF_BINARY(U16, max_of, _mm256_max_epu32)
+PYEFF_BINARY(U16, min_of, _mm256_min_epu32)
 #undef PYEFF_BINARY
 PYEFF_LANE U16 operator<<(U16 x, int n) {
     const __m128i c = _mm_cvtsi32_si128(n);
@@ -257,6 +264,10 @@ PYEFF_LANE U16 max_of(U16 a, U16 b) {
     for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
 }
+PYEFF_LANE U16 min_of(U16 a, U16 b) {
+    for (int i = 0; i < LANES; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
 PYEFF_LANE void store_low_bytes(uint8_t* p, U16 x, uint8_t* q, U16 y) {
     for (int i = 0; i < LANES; ++i) {
         p[i] = static_cast<uint8_t>(x.v[i]);
@@ -325,10 +336,23 @@ PYEFF_LANE void store_bf16(uint16_t* p, F16 x) {  // the sixteen-lane twin of bf
     store_u16(p, select(is_nan, (u >> 16) | splat(0x40u), rounded));
 }
 
+#ifndef PYEFF_AT_AVX512
+PYEFF_LANE void store_high_u16(uint16_t* p, U16 x) { store_u16(p, x >> 16); }
+#endif
+
 // sqrt(x) and 1 / (sqrt(x) + eps).
 PYEFF_LANE void root_and_inverse(F16 x, F16 eps, F16& root, F16& inverse) {
     root = sqrt_of(x);
     inverse = divide(splat(1.0f), root + eps);
+}
+
+// Of two, roots first.
+PYEFF_LANE void roots_and_inverses(F16 x, F16 y, F16 eps, F16& x_root, F16& y_root, F16& x_inverse, F16& y_inverse) {
+    x_root = sqrt_of(x);
+    y_root = sqrt_of(y);
+    const F16 one = splat(1.0f), x_divisor = x_root + eps, y_divisor = y_root + eps;
+    x_inverse = divide(one, x_divisor);
+    y_inverse = divide(one, y_divisor);
 }
 
 // The first n lanes from memory, `fill` in the rest.

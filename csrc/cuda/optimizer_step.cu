@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
                 p.halves[i] = static_cast<uint16_t>(
-                    rounded_at_random(p.floats[i], random_bits(random_count(index + i, key), key)));
+                    rounded_at_random(p.floats[i], random_bits(random_count(index + i, key), key)) >> 16);
         } else if (weight == WEIGHT_ECC8) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
             write<uint8_t>(t.master, at, error, count);
         } else {
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) p.halves[i] = static_cast<uint16_t>(rounded_to_nearest(p.floats[i]));
+            for (int i = 0; i < OWN; ++i) p.halves[i] = static_cast<uint16_t>(rounded_to_nearest(p.floats[i]) >> 16);
         }
         write<uint16_t>(t.p, at, p, count);
     }
