@@ -83,11 +83,17 @@ def governor_digest() -> str:
     return hashlib.blake2b(b"".join(_code(path.read_text()) for path in sources), digest_size=6).hexdigest()
 
 
+@functools.lru_cache(maxsize=64)
+def _class_code(kind: type) -> bytes:
+    bases = [each for each in kind.__mro__ if each.__module__.startswith(str(__package__))]
+    return b"".join(_code(inspect.getsource(each)) for each in bases)
+
+
 def digest_of(make: Make) -> str:
     """Of a policy's code: cells of a policy that has changed since are made again, the others stay."""
     kind = getattr(make, "func", make)
     kind = kind if isinstance(kind, type) else Placebo
-    mine = [_code(inspect.getsource(each)) for each in kind.__mro__ if each.__module__.startswith(str(__package__))]
+    mine = [_class_code(kind)]
     # The placebo scores as often as the governor does, and mixtures are the package's own rules.
     if issubclass(kind, Governed | Placebo | Mixed):
         mine.append(governor_digest().encode())

@@ -83,10 +83,16 @@ def _lines(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> It
 
 
 def _progress(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    from .t1 import digest_of
+
     selectors = {task: ORDER[task] for task in TASKS}
     wanted: dict[tuple[str, int], int] = defaultdict(int)
+    current = {}
     for group in groups():
-        wanted[group.cell.task, group.cell.budget] += len(group.makes(selectors[group.cell.task], lambda: 0))
+        makes = group.makes(selectors[group.cell.task], lambda: 0)
+        wanted[group.cell.task, group.cell.budget] += len(makes)
+        for name, make in makes.items():
+            current[group.cell.label, group.cell.budget, name] = digest_of(make)
     made: dict[tuple[str, int], int] = defaultdict(int)
     for row in rows:
         made[row["task"].split("-")[0], row["index"]] += 1
@@ -96,9 +102,8 @@ def _progress(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         f"{total} of {whole} cells have run, in {seconds / 3600:.2f} hours of CPU. A cell is a task, a policy, a "
         "budget and a seed; budgets are in units of the smallest. Numbers below are of the cells that are there."
     )
-    versions = len({row["code"] for row in rows if row["policy"] == GOVERNOR})
-    if versions > 1:
-        yield f"\nThe governor's cells were made by {versions} versions of it: the older ones are yet to be made again."
+    if old := sum(current.get((row["task"], row["index"], row["policy"]), row["code"]) != row["code"] for row in rows):
+        yield f"\n{old} of them were made by an earlier version of their policy and are yet to be made again."
     yield "\n| task | " + " | ".join(f"budget {b}" for b in _BUDGETS) + " |"
     yield "|---" * 5 + "|"
     for task in TASKS:
