@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pyeff.scoring.el2n import EL2N
-from pyeff.scoring.features import Features, FeatureStore, TargetSimilarities, read_features, target_scores
+from pyeff.scoring.feature_store import FeatureStore
+from pyeff.scoring.features import Features, read_features
 from pyeff.scoring.grand import GraNd
 from pyeff.scoring.last_layer import LastLayerGraNd
 from pyeff.scoring.method import FeatureMethod, ScoreMethod
@@ -12,6 +13,7 @@ from pyeff.scoring.pool import FIELDS, PoolScores, answer_embeddings, cosine_sim
 from pyeff.scoring.scores import Scores, average
 from pyeff.scoring.similarity import EmbeddingSimilarity, HiddenStates, RDSPlus, TextEmbeddings
 from pyeff.scoring.store import read_scores
+from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import BM25, RandomScore
 
 __all__ = [

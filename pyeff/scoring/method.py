@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.scoring.classification import Classification
-from pyeff.scoring.features import Features, FeatureStore, FeatureType
+from pyeff.scoring.feature_store import FeatureStore
+from pyeff.scoring.features import Features
 from pyeff.scoring.language import BatchWork, LanguageScoring, is_language_data
+from pyeff.scoring.quantised import FeatureType
 from pyeff.scoring.scores import Scores, average, shares
 from pyeff.scoring.store import AVERAGE, ScoreStore
 from pyeff.scoring.work import ScoredBatch, Work, device_of, evaluating, model_fingerprint
@@ -26,15 +28,131 @@ if TYPE_CHECKING:
     from pyeff.governor import TransformerShape
 
 
-class BatchMethod(ABC):
-    """A way to read samples batch by batch: what scores and features have in common."""
+class Method(ABC):
+    """A way to read samples into a store that can be resumed."""
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The method with its variant, as it stands in the table: equal names must mean equal formulas."""
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027  (most methods can use any model)
+    def settings(self, model: nn.Module | None, *, stored: bool) -> dict[str, Any]:
+        """What else a store's header must say for two results to be comparable; JSON. ``stored``: with fingerprints."""
+        return {}
+
+    def _header(
+        self, model: nn.Module | None, work: Work, *, seed: int, checkpoint: str, stored: bool
+    ) -> dict[str, Any]:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        if not isinstance(checkpoint, str):
+            raise TypeError(f"checkpoint must be a str, got {type(checkpoint).__name__}")
+        header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
+        header |= self.settings(model, stored=stored)
+        if stored:
+            with _seeding(model) as reseed:
+                reseed(seed, 0)
+                header |= {"model": "" if model is None else model_fingerprint(model), **work.describe()}
+        return header
+
+    def _read_missing(
+        self,
+        model: nn.Module | None,
+        work: Work,
+        store: ScoreStore | FeatureStore,
+        append: Callable[[int, ScoredBatch, float], None],
+        *,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        """Read the batches that the store has not, and hand each with its seconds to ``append``."""
+        missing = [batch for batch in range(work.batches) if batch not in store.done]
+        work.known(store.ids)
+        mode = nullcontext() if model is None else evaluating(model)
+        with mode, _seeding(model) as reseed, _bar(progress, work, len(store), self.name) as advance:
+            batches = work.run(self, missing)
+            for number in missing:
+                reseed(seed, number)
+                started = time.perf_counter()
+                scored = next(batches)
+                append(number, scored, time.perf_counter() - started)
+                advance(len(scored.index))
+
+
+class PoolScore(Method):
+    """A way to say what each sample of a pool is worth."""
+
+    @abstractmethod
+    def score(self, model: Any, dataset: Any, **options: Any) -> Scores:
+        """Score every sample of a data set."""
+
+    def score_all(
+        self,
+        models: Mapping[str, nn.Module | Callable[[], nn.Module]],
+        dataset: Any,
+        *,
+        path: str | Path | None = None,
+        **options: Any,
+    ) -> Scores:
+        """Score a data set by several checkpoints or initialisations and return the `average`.
+
+        Args:
+            models: Name of each state of the model -> the model, or a function that loads it, so that one at a time
+                is in memory. The names stand in the column ``checkpoint``.
+            dataset: As for `score`.
+            path: A directory; each state's scores are streamed to a directory of its name in it, and the average is
+                written there as ``average.parquet``.
+            options: As for `score`.
+
+        Raises what `score` and `average` raise, and `ValueError` for a name that is no name of a directory.
+        """
+        if not isinstance(models, Mapping):
+            raise TypeError(f"models must be a mapping of names to models, got {type(models).__name__}")
+        if not models:
+            raise ValueError("models must hold at least one model, got none")
+        for name in models:
+            if Path(name).name != name or name in ("", "..", AVERAGE):
+                raise ValueError(f"the names of models become names of directories, and {name!r} is none")
+        parts = []
+        for name, model in models.items():
+            loaded = model if isinstance(model, nn.Module) else model()
+            where = None if path is None else Path(path) / name
+            parts.append(self.score(loaded, dataset, path=where, checkpoint=name, **options))
+            del loaded
+        mean = average(parts)
+        if path is None:
+            return mean
+        mean.write(Path(path) / AVERAGE)
+        return Scores(mean.table, Path(path))
+
+    def _score(
+        self,
+        model: nn.Module | None,
+        work: Work,
+        *,
+        path: str | Path | None,
+        seed: int,
+        checkpoint: str,
+        resume: bool,
+        progress: bool,
+    ) -> Scores:
+        header = self._header(model, work, seed=seed, checkpoint=checkpoint, stored=path is not None)
+        directory = None if path is None else Path(path)
+        with ScoreStore(directory, header, resume=resume) as store:
+
+            def append(number: int, scored: ScoredBatch, seconds: float) -> None:
+                store.append(number, _rows(scored, seconds))
+
+            self._read_missing(model, work, store, append, seed=seed, progress=progress)
+            return store.scores()
+
+
+class BatchMethod(Method):
+    """A way to read samples batch by batch with a model: what scores and features of batches have in common."""
+
+    def prepare(self, model: nn.Module) -> None:
         """Raise `UserError` for a language model that this method cannot use; called once, before any score."""
 
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
@@ -70,48 +188,9 @@ class BatchMethod(ABC):
             return LanguageScoring(model, dataset, self, batch_tokens=batch_tokens, tokenizer=tokenizer)
         return Classification(model, dataset, batch_size=batch_size, workers=workers)
 
-    def _header(
-        self, model: nn.Module | None, work: Work, *, seed: int, checkpoint: str, stored: bool
-    ) -> dict[str, Any]:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-        if not isinstance(checkpoint, str):
-            raise TypeError(f"checkpoint must be a str, got {type(checkpoint).__name__}")
-        header: dict[str, Any] = {"method": self.name, "seed": seed, "checkpoint": checkpoint}
-        if stored:
-            with _seeding(model) as reseed:
-                reseed(seed, 0)
-                header |= {"model": "" if model is None else model_fingerprint(model), **work.describe()}
-        return header
 
-    def _read_missing(
-        self,
-        model: nn.Module | None,
-        work: Work,
-        store: ScoreStore | FeatureStore,
-        append: Callable[[int, ScoredBatch, float], None],
-        *,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        """Read the batches that the store has not, and hand each with its seconds to ``append``."""
-        missing = [batch for batch in range(work.batches) if batch not in store.done]
-        work.known(store.ids)
-        mode = nullcontext() if model is None else evaluating(model)
-        with mode, _seeding(model) as reseed, _bar(progress, work, len(store), self.name) as advance:
-            batches = work.run(self, missing)
-            for number in missing:
-                reseed(seed, number)
-                started = time.perf_counter()
-                scored = next(batches)
-                append(number, scored, time.perf_counter() - started)
-                advance(len(scored.index))
-
-
-class ScoreMethod(BatchMethod):
-    """A way to say what samples are worth. Subclasses say what the scores of one batch are.
+class ScoreMethod(BatchMethod, PoolScore):
+    """A way to say what samples are worth, batch by batch. Subclasses say what the scores of one batch are.
 
     To add a method, give it a `name`, `classify` and, for language models, `read`; everything else (batches, Parquet,
     resuming, cost, progress) is here.
@@ -121,7 +200,7 @@ class ScoreMethod(BatchMethod):
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Scores [B] of a batch of a classifier; ``targets`` [B] are class numbers on the model's device."""
 
-    def score(
+    def score(  # type: ignore[override]  # the options are named
         self,
         model: nn.Module,
         dataset: Any,
@@ -186,66 +265,6 @@ class ScoreMethod(BatchMethod):
             workers=workers,
         )
         return self._score(model, work, path=path, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
-
-    def score_all(
-        self,
-        models: Mapping[str, nn.Module | Callable[[], nn.Module]],
-        dataset: Any,
-        *,
-        path: str | Path | None = None,
-        **options: Any,
-    ) -> Scores:
-        """Score a data set by several checkpoints or initialisations and return the `average`.
-
-        Args:
-            models: Name of each state of the model -> the model, or a function that loads it, so that one at a time
-                is in memory. The names stand in the column ``checkpoint``.
-            dataset: As for `score`.
-            path: A directory; each state's scores are streamed to a directory of its name in it, and the average is
-                written there as ``average.parquet``.
-            options: As for `score`.
-
-        Raises what `score` and `average` raise, and `ValueError` for a name that is no name of a directory.
-        """
-        if not isinstance(models, Mapping):
-            raise TypeError(f"models must be a mapping of names to models, got {type(models).__name__}")
-        if not models:
-            raise ValueError("models must hold at least one model, got none")
-        for name in models:
-            if Path(name).name != name or name in ("", "..", AVERAGE):
-                raise ValueError(f"the names of models become names of directories, and {name!r} is none")
-        parts = []
-        for name, model in models.items():
-            loaded = model if isinstance(model, nn.Module) else model()
-            where = None if path is None else Path(path) / name
-            parts.append(self.score(loaded, dataset, path=where, checkpoint=name, **options))
-            del loaded
-        mean = average(parts)
-        if path is None:
-            return mean
-        mean.write(Path(path) / AVERAGE)
-        return Scores(mean.table, Path(path))
-
-    def _score(
-        self,
-        model: nn.Module | None,
-        work: Work,
-        *,
-        path: str | Path | None,
-        seed: int,
-        checkpoint: str,
-        resume: bool,
-        progress: bool,
-    ) -> Scores:
-        header = self._header(model, work, seed=seed, checkpoint=checkpoint, stored=path is not None)
-        directory = None if path is None else Path(path)
-        with ScoreStore(directory, header, resume=resume) as store:
-
-            def append(number: int, scored: ScoredBatch, seconds: float) -> None:
-                store.append(number, _rows(scored, seconds))
-
-            self._read_missing(model, work, store, append, seed=seed, progress=progress)
-            return store.scores()
 
 
 class FeatureMethod(BatchMethod):
@@ -312,15 +331,19 @@ def _rows(scored: ScoredBatch, seconds: float) -> dict[str, Sequence[Any]]:
 
 
 @contextmanager
-def _seeding(model: nn.Module | None) -> Iterator[Any]:
+def _seeding(model: nn.Module | None) -> Iterator[Callable[[int, int], None]]:
+    """Seed the generators of the CPU and of the model's GPU, and put them back; other GPUs are left alone."""
     device = torch.device("cpu") if model is None else device_of(model)
-    devices = [device] if device.type == "cuda" else []
+    gpus = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
 
     def reseed(seed: int, batch: int) -> None:
         # One odd constant apart, so that the batches of neighbouring seeds share no state.
-        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + batch) % 2**63)
+        state = (seed * 0x9E3779B97F4A7C15 + batch) % 2**63
+        torch.default_generator.manual_seed(state)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(state)
 
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=gpus):
         yield reseed
 
 

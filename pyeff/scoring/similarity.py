@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from pyeff.data.samples import Sample
 from pyeff.errors import UserError
-from pyeff.scoring.features import Features, FeatureType, TargetSimilarities, target_scores
+from pyeff.scoring.features import Features
 from pyeff.scoring.flops import flop_counter
 from pyeff.scoring.language import BatchWork, variant
 from pyeff.scoring.language_model import last_hidden_state, without_adapters
-from pyeff.scoring.method import BatchMethod, FeatureMethod, ScoreMethod
+from pyeff.scoring.method import FeatureMethod, Method, PoolScore
 from pyeff.scoring.pool import answer_embeddings
+from pyeff.scoring.quantised import FeatureType
 from pyeff.scoring.scores import SampleId, Scores
 from pyeff.scoring.store import BY_TARGETS
+from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import check_targets_given, fingerprint_of, texts_of
 from pyeff.scoring.work import Digest, ScoredBatch, Work, as_array, device_of, refuse_bad_ids
 
@@ -119,7 +121,7 @@ class _Texts:
         digest = Digest().any(self._ids).any(self._texts)
         return {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_size} samples"}
 
-    def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
+    def run(self, method: Method, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Embed the batches of these numbers, in turn."""
         for number in batches:
             span = range(number * self._batch_size, min((number + 1) * self._batch_size, self.samples))
@@ -143,7 +145,7 @@ class _Texts:
         return total / mask.sum(dim=1, keepdim=True), mask.sum(dim=1).long().tolist()
 
 
-class SimilarityMethod(ScoreMethod):
+class SimilarityMethod(PoolScore):
     """Score by the similarity of a sample's features to those of target samples, reduced over the targets.
 
     With a ``path``, the features of pool and targets stay there as `FeatureStore`s, ``pool`` and ``targets``, from
@@ -167,11 +169,7 @@ class SimilarityMethod(ScoreMethod):
         more += ["centred"] if self._center else []
         return variant(self.label, *more, f"{self._reduction} cosine over targets {fingerprint_of(self._targets)}")
 
-    def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-        """Not used: features are compared once all are there."""
-        raise NotImplementedError(f"{self.name} does not score classifiers")
-
-    def score(
+    def score(  # type: ignore[override]  # the options are named
         self,
         model: nn.Module,
         dataset: Any,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyeff.data.samples import EncodedSample, EncodedSamples, Sample
 from pyeff.errors import UserError
 from pyeff.scoring.language import is_source, variant
-from pyeff.scoring.method import BatchMethod, ScoreMethod
+from pyeff.scoring.method import Method, PoolScore
 from pyeff.scoring.scores import SampleId, Scores
 from pyeff.scoring.work import Digest, ScoredBatch, refuse_bad_ids
 from pyeff.selection import per_sample
@@ -59,18 +59,14 @@ def fingerprint_of(samples: Sequence[Sample]) -> str:
     return Digest().any([(sample.prompt, sample.answer) for sample in samples]).hex()[:8]
 
 
-class TextMethod(ScoreMethod):
+class TextMethod(PoolScore):
     """A score of a whole pool at once, without a model."""
 
     @abstractmethod
     def scores_of(self, samples: list[Sample] | None, count: int) -> NDArray[np.float64]:
         """Scores [N] of the pool; ``samples`` is None where the data set has no texts."""
 
-    def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-        """Not used: batches are not read by a model."""
-        raise NotImplementedError(f"{self.name} does not read batches")
-
-    def score(
+    def score(  # type: ignore[override]  # the options are named
         self,
         model: nn.Module | None,
         dataset: Any,
@@ -123,7 +119,7 @@ class _Pool:
             digest.text(sample.prompt).text(sample.answer)
         return {"dataset": digest.hex(), "samples": self.samples, "batching": "the whole pool"}
 
-    def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
+    def run(self, method: Method, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the pool, unless it is."""
         assert isinstance(method, TextMethod)
         for _ in batches:

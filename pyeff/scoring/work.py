@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyeff.scoring.scores import SampleId
-
-if TYPE_CHECKING:
-    from pyeff.scoring.method import BatchMethod
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Work(Protocol):
     def describe(self) -> dict[str, Any]:
         """What a store's header says of the data set and how it is batched; JSON."""
 
-    def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
+    def run(self, method: Any, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the batches of these numbers, in turn."""
 
 

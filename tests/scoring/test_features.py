@@ -21,8 +21,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pyeff.errors import UserError
-from pyeff.scoring import EL2N, FeatureStore, TargetSimilarities, features, read_features, read_scores, target_scores
-from pyeff.scoring.features import FeatureType, decode_rows, encode_rows, row_bytes
+from pyeff.scoring import (
+    EL2N,
+    FeatureStore,
+    TargetSimilarities,
+    feature_store,
+    read_features,
+    read_scores,
+    target_scores,
+)
+from pyeff.scoring.quantised import FeatureType, decode_rows, encode_rows, row_bytes
 from pyeff.selection import Similarities, bids, facility_location, kmeans, per_sample, round_robin
 
 TYPES: list[FeatureType] = list(get_args(FeatureType))
@@ -86,8 +94,8 @@ def test_features_on_disk_are_those_in_memory_by_block_and_by_row(
     x[5] = np.nan
     expected = decode_rows(*encode_rows(x, dtype), x.shape[1], dtype)
     # Parts of 14 rows, groups of 3.
-    monkeypatch.setattr(features, "PART_ROWS", 14)
-    monkeypatch.setattr(features, "_GROUP_BYTES", 3 * 4 * 12)
+    monkeypatch.setattr(feature_store, "PART_ROWS", 14)
+    monkeypatch.setattr(feature_store, "GROUP_BYTES", 3 * 4 * 12)
     filled(tmp_path / "f", x, dtype=dtype)
     assert len(list((tmp_path / "f").glob("part-*.parquet"))) == 5
     for found in (read_features(tmp_path / "f"), filled(None, x, dtype=dtype)):
@@ -278,7 +286,7 @@ def test_similarities_of_stores_are_those_of_arrays(tmp_path: Path, cosine: bool
 
 
 def test_every_rule_takes_a_store_and_chooses_as_from_an_array(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(features, "_GROUP_BYTES", 96)
+    monkeypatch.setattr(feature_store, "GROUP_BYTES", 96)
     x, y = noise(), noise(4, seed=1)
     pool = filled(tmp_path / "x", x)
     similar = TargetSimilarities(pool, filled(None, y))
@@ -324,7 +332,7 @@ def test_sketches_of_updates_are_compared_with_those_of_gradients() -> None:
 
 
 def test_scores_are_formed_without_holding_the_features(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(features, "_GROUP_BYTES", 1 << 18)
+    monkeypatch.setattr(feature_store, "GROUP_BYTES", 1 << 18)
     n, dim = 2000, 1024
     filled(tmp_path / "x", noise(n, dim), dtype="float16", step=500)
     similar = TargetSimilarities(read_features(tmp_path / "x"), filled(None, noise(3, dim)))
