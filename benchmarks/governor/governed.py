@@ -9,7 +9,7 @@ from pyeff.governor import Arm, GovernorConfig, GovernorPolicy, Observation, Sel
 from .policies import POOL, Base, Forecast, Move, Setup, View
 
 # What pyeff.Governor sets by default.
-OVERHEAD_CAP = 0.05
+OVERHEAD_CAP, LAST_INTERVAL = 0.05, 0.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Governed(Base):
     Args:
         setup: of the run.
         name: in tables.
-        config: settings; by default the configuration's own with ``OVERHEAD_CAP``.
+        config: settings; by default those of `pyeff.Governor`.
         ablation: what is taken away.
         control: share of control batches.
     """
@@ -66,7 +66,7 @@ class Governed(Base):
         super().__init__(setup)
         self.name = name
         self.ablation = ablation = ablation or Ablation()
-        config = config or GovernorConfig(overhead_cap=OVERHEAD_CAP)
+        config = config or GovernorConfig(overhead_cap=OVERHEAD_CAP, last_interval=LAST_INTERVAL)
         if not ablation.damping:
             config = replace(config, deadband=0.0, min_dwell=1, window=1, response_checks=1)
         if not ablation.uncertainty:

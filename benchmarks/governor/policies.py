@@ -4,7 +4,8 @@ A harness (the simulator, or a real training loop) owns the model, the data and 
 
 1. makes one policy per run from a :class:`Setup`, reads its attributes (``schedule``, ``data``, ``control``, ``needs``,
    ``free_selection``) and carries out ``begin()``;
-2. trains at :func:`lr_factor` until ``check_every`` of the budget has been spent since the last check, evaluates what
+2. trains at :func:`lr_factor` until ``check_every`` of the budget has been spent since the last check (or, on a
+   plateau, until only the cooldown's share is left), evaluates what
    ``needs`` names, charges it, and asks ``decide(view)``;
 3. carries out the :class:`Move`, charging a scoring its cost at that moment (nothing with ``free_selection``);
 4. ends when the budget, or the cooldown that ends it early, has no room for another step.
@@ -201,8 +202,11 @@ class Base:
         return CONTINUE
 
     def due(self, view: View) -> bool:
-        """Whether one more interval would eat into the cooldown's reserve; never on a linear schedule."""
-        return self.schedule == "wsd" and view.left < self.check_every * view.budget * (1 - 1e-9)
+        """Whether hardly any of an interval is left before the cooldown; never on a linear schedule.
+
+        A harness checks at the end of the plateau as well.
+        """
+        return self.schedule == "wsd" and view.left < 0.1 * self.check_every * view.budget
 
 
 def lr_factor(

@@ -24,7 +24,7 @@ import numpy as np
 
 from pyeff.governor import GovernorConfig
 
-from .governed import Governed, placebo_rate
+from .governed import LAST_INTERVAL, Governed, placebo_rate
 from .metrics import Run, best_single, compute_lost, coverage, holm, losses, summarise
 from .oracle import NAME as ORACLE
 from .oracle import oracle_runs
@@ -42,7 +42,7 @@ NOTHING_TO_WIN = (*CONTROLS, "harmful")
 
 def contenders(rate: float) -> dict[str, Make]:
     """The roster, and the governor without its cap."""
-    uncapped = partial(Governed, name=UNCAPPED, config=GovernorConfig(overhead_cap=None))
+    uncapped = partial(Governed, name=UNCAPPED, config=GovernorConfig(last_interval=LAST_INTERVAL))
     return roster(SELECTORS, placebo_rate=rate) | {UNCAPPED: uncapped}
 
 

@@ -50,6 +50,9 @@ class GovernorConfig:
         stop_checks: successive checks on which training must not be worth its price before a priced run ends early.
         stop_probability: delta: not worth it means P(rate of gain > price) < delta.
         rearm: by how much the rate must exceed the price, with that probability, to start the count again.
+        last_interval: share of an interval that must be left before the cooldown for it to begin. 1: only whole ones,
+            for a loop whose checks come at fixed intervals. One that checks at the plateau's end as well, as
+            `pyeff.Governor` does, sets 0.1: else evaluations, which make intervals longer, cost it the last one.
         batch_ratio: kappa: the batch may be doubled below kappa times the noise scale's lower bound, and halved above
             1 / kappa times its upper one.
 
@@ -78,6 +81,7 @@ class GovernorConfig:
     stop_probability: float = 0.1
     rearm: float = 1.25
     batch_ratio: float = 0.5
+    last_interval: float = 1.0
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, expected: str) -> None:
@@ -95,6 +99,7 @@ class GovernorConfig:
         require("prior_decay", math.isfinite(self.prior_decay) and self.prior_decay > 0, "positive")
         require("stop_probability", 0 < self.stop_probability < 0.5, "between 0 and 0.5")
         require("batch_ratio", 0 < self.batch_ratio <= 1, "above 0 and at most 1")
+        require("last_interval", 0 < self.last_interval <= 1, "above 0 and at most 1")
         require("rearm", math.isfinite(self.rearm) and self.rearm >= 1, "at least 1")
         require("require_alarm", isinstance(self.require_alarm, bool), "True or False")
         cap = self.overhead_cap

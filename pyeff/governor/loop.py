@@ -46,7 +46,8 @@ class Governor:
         selectors: what REFRESH may run, each with its cost in the budget's unit; empty: REFRESH is never asked for.
         clusters: the document of each anchor, where several come from one.
         cooldown: share of the budget that the anneal takes.
-        config: settings; by default those of :class:`GovernorConfig` with ``overhead_cap`` 5 %.
+        config: settings; by default those of :class:`GovernorConfig` with ``overhead_cap`` 5 %
+            and ``last_interval`` 0.1.
         log: path of ``decisions.jsonl``; None keeps no log.
         anchor_ids: names of the anchors' samples, and ``holdout_ids`` of those a result is reported on: they must
             not overlap, or the governor is judged by what it steers by.
@@ -87,7 +88,7 @@ class Governor:
             raise ValueError(
                 f"anchor_ids and holdout_ids must not overlap, {len(both)} are in both, such as {next(iter(both))!r}"
             )
-        self.config = config or GovernorConfig(overhead_cap=0.05)
+        self.config = config or GovernorConfig(overhead_cap=0.05, last_interval=0.1)
         self.price = parse_price(price, self.budget) if isinstance(price, str) else price
         if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
             raise ValueError(f"price must be finite and not negative, got {self.price!r}")

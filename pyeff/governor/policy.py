@@ -109,8 +109,8 @@ class _State:
 
 def _cooldown_due(observation: Observation, config: GovernorConfig) -> bool:
     """Whether going on to the next check would eat into the cooldown's reserve."""
-    interval = config.check_every * observation.budget
-    return observation.budget - observation.spent - observation.cooldown_cost < interval
+    needed = config.last_interval * config.check_every * observation.budget
+    return observation.budget - observation.spent - observation.cooldown_cost < needed
 
 
 class UniformPolicy:

@@ -261,6 +261,12 @@ def test_the_cooldown_begins_before_its_reserve_is_touched(spent, reserve):
         assert (policy.decide(observation).action is Action.COOLDOWN) == due
 
 
+def test_a_loop_that_checks_at_the_plateaus_end_may_use_up_a_last_short_interval():
+    short = observe(spent=76.0, spent_before=71.0)
+    assert GovernorPolicy().decide(short).action is Action.COOLDOWN
+    assert GovernorPolicy(GovernorConfig(last_interval=0.1)).decide(short).action is not Action.COOLDOWN
+
+
 def test_once_annealing_always_annealing():
     governor = GovernorPolicy()
     assert governor.decide(observe(spent=79.0)).action is Action.COOLDOWN
@@ -319,6 +325,7 @@ def test_an_observation_that_makes_no_sense_is_refused(changes, message):
     [
         ("check_every", 0.0),
         ("warmup", 1.0),
+        ("last_interval", 0.0),
         ("prior_gain_ratio", 0.0),
         ("prior_gain_ratio", 17.0),
         ("prior_log_sd", -1.0),
