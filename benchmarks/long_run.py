@@ -337,6 +337,7 @@ class Cell:
             "curve": [[step, round(loss, 6)] for step, loss in self.curve],
             "validation_loss": self.curve[-1][1],
             "weight_rms": weights.square().mean().sqrt().item(),  # shows where decay was lost
+            "largest_weight": weights.abs().max().item(),  # and this where a step was thrown far
             "parameters": parameters,
             "state_bytes_per_parameter": state_bytes(self.optimizer) / parameters,
             "seconds": round(self.seconds),

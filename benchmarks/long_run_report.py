@@ -32,7 +32,8 @@ class Row:
     state_bytes: float
     losses: dict[int, float]
     differences: dict[int, float]
-    weight_rms: list[float]
+    weights: list[tuple[float, float | None]]
+    """Root mean square and largest magnitude, where they were recorded."""
 
     @property
     def mean_difference(self) -> float:
@@ -62,7 +63,8 @@ def rows_of(cells: dict[str, dict[int, dict[str, Any]]]) -> list[Row]:
             losses = {seed: cell["validation_loss"] for seed, cell in sorted(cells[arm.name].items())}
             differences = {seed: loss - base[seed] for seed, loss in losses.items() if seed in base}
             state = next(iter(cells[arm.name].values()))["state_bytes_per_parameter"]
-            sizes = [cell["weight_rms"] for cell in cells[arm.name].values() if "weight_rms" in cell]
+            ended = cells[arm.name].values()
+            sizes = [(cell["weight_rms"], cell.get("largest_weight")) for cell in ended if "weight_rms" in cell]
             rows.append(Row(arm, state, losses, differences, sizes))
     return rows
 
@@ -88,7 +90,7 @@ def table(rows: list[Row]) -> str:
         f"{done} of {of_all} cells have finished."
         + (f" Seeds of torch's AdamW end {spread:.4f} apart." if spread is not None else ""),
         "",
-        "| optimizer | dtype | bytes of state | loss, by seed | minus fp32, by seed | mean | inside | weights |",
+        "| optimizer | dtype | bytes of state | loss, by seed | minus fp32, by seed | mean | inside | rms / max |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -99,12 +101,15 @@ def table(rows: list[Row]) -> str:
             differences = ", ".join(f"{d:+.4f}" for d in row.differences.values())
             mean = f"{row.mean_difference:+.4f}"
         cells = [row.arm.label, weights, f"{row.state_bytes:.2f}", losses, differences, mean, verdict(row, spread)]
-        cells.append(f"{sum(row.weight_rms) / len(row.weight_rms):.3f}" if row.weight_rms else "")
+        sizes = [f"{rms:.3f}" + (f" / {largest:.2g}" if largest is not None else "") for rms, largest in row.weights]
+        cells.append(", ".join(sizes))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def color_of(arm: Arm) -> str:
+    if arm.name == "torch-no-decay":
+        return "0.6"
     return COLORS[arm.name.partition("-")[0]]
 
 
@@ -116,12 +121,12 @@ def figure(cells: dict[str, dict[int, dict[str, Any]]], rows: list[Row], path: P
     from matplotlib import pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(1, 1.15), layout="constrained")
-    drawn = set()
+    drawn = {"torch-no-decay"}  # has a line of its own in the legend
     for row in reversed(rows):
         curves = [cell["curve"] for cell in cells[row.arm.name].values()]
         steps = [step for step, _ in curves[0][:-1]]  # the last point is of another sample of windows
         means = [sum(curve[i][1] for curve in curves) / len(curves) for i in range(len(steps))]
-        name = row.arm.name.partition("-")[0]
+        name = row.arm.name if row.arm.name == "torch-no-decay" else row.arm.name.partition("-")[0]
         left.plot(
             steps,
             means,
@@ -132,9 +137,11 @@ def figure(cells: dict[str, dict[int, dict[str, Any]]], rows: list[Row], path: P
         )
         drawn |= {name} if row.arm.weights.itemsize == 4 else set()
     left.set(xlabel="step", ylabel="validation loss (nats a byte)", yscale="log")
+    left.set_xticks(range(0, 20_001, 5000))
     left.set_yticks([1.5, 1.75, 2, 2.5], ["1.5", "1.75", "2", "2.5"])
     left.yaxis.set_minor_locator(plt.NullLocator())
     left.plot([], [], color="0.4", ls=(0, (3, 2)), lw=1, label="bf16 weights")
+    left.plot([], [], color="0.6", lw=1, label="no weight decay")
     left.legend(frameon=False)
     others = [row for row in rows if row.arm.name != BASELINE and row.differences]
     spread = seed_spread(rows)
@@ -150,7 +157,11 @@ def figure(cells: dict[str, dict[int, dict[str, Any]]], rows: list[Row], path: P
     labels = [f"{row.arm.label} · {weight} weights" for row, weight in zip(others, weights, strict=True)]
     right.set_yticks(range(len(others)), labels)
     right.invert_yaxis()
-    right.set_xlabel("final validation loss minus fp32 AdamW's (a dot a seed, a bar the mean)")
+    right.set_xscale("symlog", linthresh=0.01, linscale=2)
+    ticks = [-0.1, -0.01, -0.005, 0, 0.005, 0.01]
+    right.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    right.xaxis.set_minor_locator(plt.NullLocator())
+    right.set_xlabel("final loss minus fp32 AdamW's (log beyond 0.01; dots: seeds)")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
