@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 from pyeff.governor import GovernorConfig
 
 from .governed import LAST_INTERVAL, Governed, placebo_rate
-from .metrics import Run, best_single, compute_lost, coverage, holm, losses, summarise
+from .metrics import Run, Summary, best_single, compute_lost, coverage, holm, losses, summarise
 from .oracle import NAME as ORACLE
 from .oracle import oracle_runs
 from .roster import GOVERNOR, UNIFORM, Make, is_baseline, roster
@@ -114,7 +113,19 @@ def judge(runs: Sequence[Run]) -> dict[str, Any]:
         "intervals": intervals,
         "largest_overhead": max(run.overhead for run in governed),
         "wilcoxon_against_best": _tests(runs, best),
-        "cells": [asdict(summary) for summary in summaries],
+        "cells": [_short(summary) for summary in summaries],
+    }
+
+
+def _short(summary: Summary) -> dict[str, Any]:
+    """What a reader of the JSON needs of a cell, to four digits: all of it is a megabyte."""
+    regret = summary.regret
+    return {
+        "task": summary.task,
+        "budget": summary.budget,
+        "policy": summary.policy,
+        "loss": round(summary.loss.mean, 4),
+        "regret": round(regret.value, 4) if regret is not None and regret.decided else None,
     }
 
 
@@ -240,9 +251,9 @@ def main(arguments: Sequence[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("sim.json" if options.held_out else "sim_development.json")
     partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(found, indent=1, default=float) + "\n")
+    partial_path.write_text(json.dumps(found, default=float) + "\n")
     partial_path.replace(path)
-    draw_figure(found, path.with_suffix(".png"))
+    draw_figure(found, path.with_suffix(".png"))  # docs/images/governor_sim.png is the reported one's copy
     print(table(found))
     print("\n".join(verdicts(found)))
     print(f"{len(runs)} runs in {time.monotonic() - began:.0f} s; {path}")
