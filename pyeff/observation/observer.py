@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from pyeff.observation import deferral
 from pyeff.observation.experts import observe_experts
 from pyeff.observation.features import Features, Variant, features_of
+from pyeff.observation.findings import Findings, mark
 from pyeff.observation.graph import grad_fns, unobserved_uses
 from pyeff.observation.interception import Interception
-from pyeff.observation.noise_scale import NoiseScale, NoiseScaleEstimate, estimate_noise_scale
+from pyeff.observation.noise_scale import NoiseScale
 from pyeff.observation.recording import Forward
+from pyeff.observation.refusals import check_deferred, check_wanted, known_unobservable, refuse_compiled
 from pyeff.observation.rows import batch_of_call
 from pyeff.ops.factored_sketch import FactoredSketch
 from pyeff.ops.sketch_grads import Sketch
@@ -107,9 +109,9 @@ def observe(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if noise_scale is not None and not isinstance(noise_scale, NoiseScale):
         raise TypeError(f"noise_scale must be a pyeff.NoiseScale or None, got {type(noise_scale).__name__}")
-    _check_wanted(norms, by_parameter, noise_scale, sketch is None and reference is None and not defer)
+    check_wanted(norms, by_parameter, noise_scale, sketch is None and reference is None and not defer)
     if defer:
-        _check_deferred(model, strict, noise_scale, gradient)
+        check_deferred(model, strict, noise_scale, gradient)
     if not gradient:
         if noise_scale is not None:
             raise ValueError("noise_scale needs the gradient: leave gradient=True")
@@ -130,27 +132,7 @@ def observe(
     )
 
 
-def _check_wanted(norms: bool, by_parameter: bool, noise_scale: NoiseScale | None, alone: bool) -> None:
-    if norms:
-        return
-    if alone:
-        raise ValueError("norms=False leaves nothing to observe")
-    if by_parameter or noise_scale is not None:
-        raise ValueError(f"{'by_parameter' if by_parameter else 'noise_scale'} needs the norms: leave norms=True")
-
-
-def _check_deferred(model: nn.Module, strict: bool, noise_scale: NoiseScale | None, gradient: bool) -> None:
-    if not gradient:
-        raise ValueError("defer=True forms the gradient later and gradient=False never: pass one of them")
-    if not strict:
-        raise ValueError("defer=True needs strict=True: what is not observed has no gradient to be formed later")
-    if noise_scale is not None:
-        raise ValueError("noise_scale needs the gradient of all samples: leave defer=False")
-    if getattr(model, "_comm_hooks", None):
-        raise ValueError("the model has a communication hook, which a deferred gradient would not pass through")
-
-
-class GradientObservation:
+class GradientObservation(Findings):
     """What `observe` has seen; also the context manager itself. Make it with `observe`."""
 
     def __init__(
@@ -185,138 +167,9 @@ class GradientObservation:
         self._undo: list[Any] = []
         self._state = "new"
 
-    # Results
-
-    @property
-    def grad_norms(self) -> Tensor:
-        """The norm of each sample's share of the gradient [samples], fp32, in the order the samples came.
-
-        Samples of several forward passes (gradient accumulation) follow each other. NaN or infinite gradients give NaN
-        or infinity for their own sample only. Raises `RuntimeError` before the first backward pass, and if
-        `norms=False`.
-        """
-        if not self.norms:
-            raise RuntimeError("norms are formed with observe(model, norms=True)")
-        sums = [functools.reduce(torch.add, f.result().values(), self._zeros(f)) for f in self._finished()]
-        return torch.cat(sums).sqrt().float()
-
-    @property
-    def sketches(self) -> Tensor:
-        """The sketch of each sample's gradient, or of the direction AdamW maps it to: [samples, dim], fp32.
-
-        In the order of `grad_norms`. Of a `FactoredSketch`, `layer_sketches` side by side, in the order of their names.
-        Raises `RuntimeError` unless `observe(..., sketch=...)` asked for it.
-        """
-        if self.features is not None and self.features.factored is not None:
-            layers = self.layer_sketches
-            return torch.cat([layers[name].flatten(1) for name in sorted(layers)], 1)
-        if self.features is None or self.features.sketch is None:
-            raise RuntimeError("sketches are formed with observe(model, sketch=pyeff.Sketch(...))")
-        dim = self.features.sketch.dim
-        return torch.cat([self._found(f, f.features()[0].sketches, (dim,)) for f in self._finished()]).float()
-
-    @property
-    def layer_sketches(self) -> dict[str, Tensor]:
-        """Matrix's name (of the plain model) -> its gradients' factored sketches [samples, k_out, k_in], fp32.
-
-        In the order of `grad_norms`. Vectors have none. Raises `RuntimeError` unless
-        `observe(..., sketch=pyeff.FactoredSketch(...))` asked for it.
-        """
-        if self.features is None or self.features.factored is None:
-            raise RuntimeError("layer_sketches are formed with observe(model, sketch=pyeff.FactoredSketch(...))")
-        shape = self.features.factored.k_out, self.features.factored.k_in
-        found = [(f, f.features()[1]) for f in self._finished()]
-        return {
-            self.features.plain(name): torch.cat([self._found(f, of.get(name), shape) for f, of in found]).float()
-            for name in self._sketched()
-        }
-
-    def _sketched(self) -> list[str]:
-        """The parameters that sketches are of."""
-        assert self.features is not None
-        matrices = self.features.factored is not None
-        shapes = {name: shape for name, shape in self.features.shapes.items() if name not in self.unobserved}
-        return sorted(name for name, shape in shapes.items() if len(shape) > 1 or not matrices)
-
-    @property
-    def dots(self) -> Tensor:
-        """The inner product of each sample's gradient with the reference: [samples], fp32.
-
-        In the order of `grad_norms`. Raises `RuntimeError` unless `observe(..., reference=...)` asked for it.
-        """
-        if self.features is None or self.features.reference is None:
-            raise RuntimeError("dots are formed with observe(model, reference=gradients)")
-        return torch.cat([self._found(f, f.features()[0].dots, ()) for f in self._finished()]).float()
-
-    @property
-    def sketch_header(self) -> dict[str, Any]:
-        """The sketch's header, what was sketched ("gradient", "adamw", "adamw-frozen") and of which parameters."""
-        sketch = None if self.features is None else self.features.sketch or self.features.factored
-        if self.features is None or sketch is None:
-            raise RuntimeError("sketches are formed with observe(model, sketch=pyeff.Sketch(...))")
-        names = sorted(self.features.plain(name) for name in self._sketched())
-        return {**sketch.header, "variant": self.features.variant, "parameters": names}
-
-    def _found(self, forward: Forward, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        return self._zeros(forward).new_zeros(forward.batch.samples, *shape) if found is None else found
-
     def parameter(self, name: str) -> nn.Parameter:
         """The watched parameter of this name."""
         return self._by_name[name]
-
-    @property
-    def by_parameter(self) -> dict[str, Tensor]:
-        """Parameter name -> squared norms of the samples' shares [samples], fp32.
-
-        Raises `RuntimeError` unless `observe(..., by_parameter=True)` asked for it.
-        """
-        if not self._by_parameter:
-            raise RuntimeError("squared norms by parameter are kept with observe(model, by_parameter=True)")
-        results = [(f.result(), self._zeros(f)) for f in self._finished()]
-        names = [name for name, _ in self.parameters.values() if name not in self.unobserved]
-        return {name: torch.cat([result.get(name, zeros) for result, zeros in results]).float() for name in names}
-
-    @property
-    def noise_scale(self) -> NoiseScaleEstimate:
-        """B_simple from the samples' norms and the gradient they add up to.
-
-        Reads `param.grad` of the observed parameters, so ask before it is clipped or cleared. Under
-        `DistributedDataParallel` the ranks' samples count together, and all ranks must ask. Cost: one pass over the
-        gradient. Raises `ValueError` when a gradient was there before the first observed backward pass, or is no longer
-        what that pass left, or for fewer than two samples.
-        """
-        if not self.gradient:
-            raise RuntimeError("noise_scale needs the gradient: observe(model, gradient=True, defer=False)")
-        norms_sq = self.grad_norms.double().square()
-        if self._had_gradient:
-            raise ValueError(
-                "parameters held a gradient before the first observed backward pass, so that the samples' shares do "
-                "not add up to it: call zero_grad(set_to_none=True) before"
-            )
-        self._refuse_changed_gradients()
-        gradients = [
-            p.grad for name, p in self.parameters.values() if p.grad is not None and name not in self.unobserved
-        ]
-        total = torch.zeros((), dtype=torch.float64, device=norms_sq.device)
-        for gradient in gradients:
-            total += torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype)).double().square().to(total.device)
-        sums = torch.stack([norms_sq.sum(), torch.tensor(float(norms_sq.numel()), device=norms_sq.device).double()])
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            # The gradient is the mean over ranks, and a sample's share of it that much smaller.
-            torch.distributed.all_reduce(sums, group=self.model.process_group)
-            sums[0] /= self.model.process_group.size() ** 2
-        return estimate_noise_scale(float(sums[0]), float(total), int(sums[1]))
-
-    def _refuse_changed_gradients(self) -> None:
-        for name, parameter in self.parameters.values():
-            if name in self.unobserved or name not in self._contributions:
-                continue
-            gradient = parameter.grad
-            if gradient is None or self._left.get(name, _mark(gradient)) != _mark(gradient):
-                raise ValueError(
-                    f"the gradient of {name} is no longer what the backward pass left in .grad: ask for noise_scale, "
-                    "or leave the context, before gradients are cleared, clipped or unscaled"
-                )
 
     def segments(self, cu_seqlens: Tensor, *, kept: Tensor | None = None) -> None:
         """Say where the samples of the next forward pass lie among its tokens: borders [samples + 1], int32.
@@ -381,10 +234,10 @@ class GradientObservation:
             raise RuntimeError("an observation can be entered once: call observe(model) again")
         self.parameters = {id(p): (n, p) for n, p in self.model.named_parameters() if p.requires_grad}
         self._by_name = dict(self.parameters.values())
-        _refuse_compiled(self.model)
+        refuse_compiled(self.model)
         if not self.parameters:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to observe")
-        for name, reason in _known_unobservable(self.model, self.parameters).items():
+        for name, reason in known_unobservable(self.model, self.parameters).items():
             self.refuse(name, reason)
         self.raise_if_refused()
         watched = {key for other in list(_OPEN) for key in other.parameters}
@@ -517,7 +370,7 @@ class GradientObservation:
         """Note what a backward pass has left in `.grad`."""
         for name, parameter in self.parameters.values():
             if parameter.grad is not None:
-                self._left[name] = _mark(parameter.grad)
+                self._left[name] = mark(parameter.grad)
 
     def _settle(self) -> None:
         # Forward passes up to the newest that an earlier backward pass has reached wait no longer.
@@ -557,15 +410,6 @@ class GradientObservation:
                 f"these parameters cannot be observed exactly (strict=False leaves them out):\n{listing}"
             )
 
-    def _finished(self) -> list[Forward]:
-        forwards = [f for f in self._forwards if f.began_backward]
-        if not forwards:
-            raise RuntimeError("no backward pass has been observed yet")
-        return forwards
-
-    def _zeros(self, forward: Forward) -> Tensor:
-        return torch.zeros(forward.batch.samples, device=forward.device)
-
 
 # Those that are active, in any thread.
 _OPEN: weakref.WeakSet[GradientObservation] = weakref.WeakSet()
@@ -588,52 +432,5 @@ def _nothing(*args: Any) -> None:
     pass
 
 
-def _mark(gradient: Tensor) -> tuple[int, int]:
-    """What changes when a gradient is replaced or written to."""
-    return id(gradient), gradient._version
-
-
 def _free(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if getattr(module, "_compiled_call_impl", None) is not None or kinds & {"OptimizedModule", "ScriptModule"}:
-            raise ValueError(
-                f"module {name or '(the model itself)'!r} is compiled, and compiled code cannot be observed: observe "
-                "the model before torch.compile, or train it uncompiled"
-            )
-
-
-def _known_unobservable(model: nn.Module, parameters: dict[int, tuple[str, nn.Parameter]]) -> dict[str, str]:
-    found = {}
-    for name, parameter in parameters.values():
-        if type(parameter) is not nn.Parameter:
-            found[name] = f"it is a {type(parameter).__name__}, not a plain parameter"
-        elif parameter.is_sparse or not parameter.is_floating_point():
-            found[name] = f"its layout or type, {parameter.layout} of {parameter.dtype}, has no dense real gradient"
-    for module in model.modules():
-        reason = None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            reason = "batch normalisation mixes the samples"
-        elif isinstance(module, nn.RNNBase):
-            reason = f"{type(module).__name__} does not show its steps"
-        elif isinstance(module, nn.MultiheadAttention | nn.Bilinear):
-            reason = f"{type(module).__name__} is not observed"
-        elif isinstance(module, nn.Embedding) and (
-            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
-        ):
-            reason = "an embedding with max_norm, scale_grad_by_freq or sparse gradients is not observed"
-        elif isinstance(module, nn.EmbeddingBag):
-            reason = "EmbeddingBag is not observed"
-        if reason is not None:
-            for parameter in module.parameters():
-                if id(parameter) in parameters:
-                    found[parameters[id(parameter)][0]] = reason
-    return found
