@@ -14,7 +14,7 @@ from pyeff.governor import GovernorConfig, pay_back
 
 from .metrics import best_single, bootstrap, coverage, holm, losses, paired, regret
 from .roster import GOVERNOR, UNIFORM, is_baseline
-from .t1_cells import BRANCH, P1_AT, P1_COSTS, P2_COST, P2_FACTORS, P2_INTERVALS, PERIOD, SEEDS, TASKS
+from .t1_cells import BRANCH, P1_AT, P1_COSTS, P2_COST, P2_FACTORS, P2_INTERVALS, PERIOD, SEEDS, TASKS, groups
 from .t1_results import ORACLE, runs_of, with_oracle, with_uniform
 
 Rows = Sequence[Mapping[str, Any]]
@@ -138,8 +138,14 @@ def p3(rows: Rows) -> Verdict:
         if not _complete(table, *keys):
             continue
         best = {}
+        shared = set.intersection(*(set(table[key]) for key in (*keys, (task, budget, UNIFORM))))
+        base = [table[task, budget, UNIFORM][seed] for seed in shared]
         for end in ("", "-free"):
-            best[end] = min(names, key=lambda n: float(np.mean(list(table[task, budget, f"static-{n}{end}"].values()))))
+            own = {n: [table[task, budget, f"static-{n}{end}"][seed] for seed in shared] for n in names}
+            best[end] = min(names, key=lambda n: float(np.mean(own[n])))
+            # What cannot be paid is not run: the policy is uniform then, to the bit.
+            if own[best[end]] == base:
+                best[end] = "none"
         flipped.append(best[""] != best["-free"])
         said.append(f"{task}: {best['-free']} free, {best['']} charged")
     if not said:
@@ -271,12 +277,23 @@ def p7(rows: Rows) -> Verdict:
     return Verdict("P7", verdict, "; ".join(said))
 
 
+# The kinds of cells that each claim rests on.
+KINDS = ({"main", BRANCH}, {PERIOD}, {"main"}, {"main", "control"}, {"main", "control"}, {"main"}, {"main", "mode"})
 CLAIMS: tuple[Callable[[Rows], Verdict], ...] = (p1, p2, p3, p4, p5, p6, p7)
 
 
 def judge(rows: Rows) -> list[Verdict]:
-    """All seven, from the cells that there are."""
-    return [claim(rows) for claim in CLAIMS]
+    """All seven, from the cells that there are; none is settled before all of its cells have run."""
+    wanted: dict[str, int] = defaultdict(int)
+    for group in groups():
+        wanted[group.kind] += len(group.makes(ORDER[group.cell.task], lambda: 0))
+    missing = {kind for kind, count in wanted.items() if sum(row["kind"] == kind for row in rows) < count}
+    found = []
+    for claim, kinds in zip(CLAIMS, KINDS, strict=True):
+        verdict = claim(rows)
+        unsettled = verdict.verdict != "open" and bool(kinds & missing)
+        found.append(Verdict(verdict.claim, "open", f"so far {verdict.text}") if unsettled else verdict)
+    return found
 
 
 __all__ = ["CLAIMS", "SEEDS", "Verdict", "judge", "regrets"]
