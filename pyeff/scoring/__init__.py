@@ -5,7 +5,9 @@ from __future__ import annotations
 from pyeff.scoring.el2n import EL2N
 from pyeff.scoring.feature_store import FeatureStore
 from pyeff.scoring.features import Features, read_features
+from pyeff.scoring.gradients import GradientSketches
 from pyeff.scoring.grand import GraNd
+from pyeff.scoring.influence import LESS, TracIn
 from pyeff.scoring.last_layer import LastLayerGraNd
 from pyeff.scoring.method import FeatureMethod, ScoreMethod
 from pyeff.scoring.perplexity import Perplexity
@@ -15,16 +17,19 @@ from pyeff.scoring.similarity import EmbeddingSimilarity, HiddenStates, RDSPlus,
 from pyeff.scoring.store import read_scores
 from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import BM25, RandomScore
+from pyeff.scoring.training_states import TrainingState, WeightedSum
 
 __all__ = [
     "BM25",
     "EL2N",
     "FIELDS",
+    "LESS",
     "EmbeddingSimilarity",
     "FeatureMethod",
     "FeatureStore",
     "Features",
     "GraNd",
+    "GradientSketches",
     "HiddenStates",
     "LastLayerGraNd",
     "Perplexity",
@@ -35,6 +40,9 @@ __all__ = [
     "Scores",
     "TargetSimilarities",
     "TextEmbeddings",
+    "TracIn",
+    "TrainingState",
+    "WeightedSum",
     "answer_embeddings",
     "average",
     "cosine_similarity",

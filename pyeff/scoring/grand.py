@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pyeff.observation import GradientObservation, UnobservableError, observe
-from pyeff.scoring.classification import check_targets, logits_of
+from pyeff.scoring.backward import backward_of_answers, backward_of_classes
 from pyeff.scoring.flops import weight_norms_flops
 from pyeff.scoring.language import (
     BatchWork,
     Reduction,
     check_reduction,
-    token_weights,
     undefined_if_empty,
     variant,
 )
-from pyeff.scoring.language_model import answer_logits, layer_matrices
+from pyeff.scoring.language_model import layer_matrices
 from pyeff.scoring.method import ScoreMethod
 
 if TYPE_CHECKING:
@@ -76,24 +75,16 @@ class GraNd(ScoreMethod):
 
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Scores [B] by one backward pass of the summed loss: a sample's share of it is its own gradient."""
-        with torch.enable_grad(), self._observed(model) as seen:
-            logits = logits_of(model, inputs)
-            check_targets(targets, logits)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        with self._observed(model) as seen:
+            backward_of_classes(model, inputs, targets)
         return seen.grad_norms
 
     def read(self, model: nn.Module, batch: PackedBatch, where: LabelPositions) -> Tensor:
         """Scores [S] by one backward pass of the samples' losses, summed."""
         if where.targets.numel() == 0:
             return torch.full((batch.samples,), torch.nan)
-        weights = token_weights(where.cu_seqlens, where.targets.numel(), self._reduction)
-        with torch.enable_grad(), self._observed(model) as seen:
-            seen.segments(batch.cu_seqlens, kept=where.cu_seqlens)
-            logits = answer_logits(model, batch, where)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses = torch.nn.functional.cross_entropy(logits, where.targets, reduction="none")
-            (losses * weights).sum().backward()
+        with self._observed(model) as seen:
+            backward_of_answers(seen, model, batch, where, self._reduction)
         return undefined_if_empty(seen.grad_norms, where.cu_seqlens)
 
     def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:

@@ -125,27 +125,43 @@ def target_scores(
     ``reduction`` and ``groups`` are those of `pyeff.selection.per_sample`. FLOPs and seconds are those of the pool's
     and the targets' features, the latter parted among the samples, and of comparing them.
     """
-    pa = arrow()
     started = time.perf_counter()
     values = per_sample(similarities, reduction=reduction, groups=groups)
-    seconds = (time.perf_counter() - started + targets.seconds) / max(1, len(pool))
-    more = shares(targets.flops, [1] * len(pool))
-    products = 2 * len(targets) * pool.shape[1]
+    flops, seconds = compared_costs(pool, targets)
+    seconds = seconds + (time.perf_counter() - started) / max(1, len(pool))
+    return score_table(pool, values, flops, seconds, method=method, checkpoint=str(pool.header.get("checkpoint", "")))
+
+
+def compared_costs(pool: Features, targets: Features) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """FLOPs and seconds [N] of each sample's features, of its part of the targets', and FLOPs of comparing them."""
     columns = pool.columns
-    count = len(pool)
+    more = np.array(shares(targets.flops, [1] * len(pool)), dtype=np.int64)
+    flops = columns["flops"].to_numpy() + more + 2 * len(targets) * pool.shape[1]
+    return flops, columns["seconds"].to_numpy() + targets.seconds / max(1, len(pool))
+
+
+def score_table(
+    pool: Features,
+    values: NDArray[np.float64],
+    flops: NDArray[np.int64],
+    seconds: NDArray[np.float64],
+    *,
+    method: str,
+    checkpoint: str,
+) -> Scores:
+    """A table of one value, and what it cost, for each row of ``pool``, in the order of the data set."""
+    pa = arrow()
+    columns, count = pool.columns, len(pool)
     table = pa.table(
         {
             "index": columns["index"],
             "id": columns["id"],
             "score": pa.array(values, pa.float64()),
-            "flops": pa.array(
-                [own + part + products for own, part in zip(columns["flops"].to_pylist(), more, strict=True)],
-                pa.int64(),
-            ),
-            "seconds": pa.array(columns["seconds"].to_numpy() + seconds, pa.float64()),
+            "flops": pa.array(flops, pa.int64()),
+            "seconds": pa.array(seconds, pa.float64()),
             "method": pa.array([method] * count, pa.string()),
             "seed": pa.array([int(pool.header.get("seed", 0))] * count, pa.int64()),
-            "checkpoint": pa.array([str(pool.header.get("checkpoint", ""))] * count, pa.string()),
+            "checkpoint": pa.array([checkpoint] * count, pa.string()),
         },
         schema=schema(text_ids=has_text_ids(columns)),
     )
