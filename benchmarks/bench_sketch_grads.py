@@ -71,7 +71,7 @@ def test_gradients_to_a_sketch(contest: Callable[..., Any], device: str, tiny: b
     target = 1 / 0.7
     if device == "cpu":
         target = 1.5 if extension().build_info()["cpu_level"] == "avx512" else 2.5
-    # Where a copy of 32 MB stays in the cache, the hash binds: 1.9 x on AVX-512 (performance_notes.md).
+    # A goal, printed: a copy of 32 MB that stays in the cache is twice as fast (performance_notes.md).
     contest(
         "pyeff",
         functions,

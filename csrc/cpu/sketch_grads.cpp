@@ -13,13 +13,6 @@ namespace {
 
 // A part is what one thread sums into a sketch of its own: results do not depend on the number of threads.
 constexpr int64_t PART_ELEMENTS = 1 << 17, MOST_PARTS = 16;
-constexpr int64_t MOST_VECTORS = SKETCH_COLUMNS / LANES, MOST_GROUPS = SKETCH_CELL / SKETCH_COLUMNS / SKETCH_SIGN_ROWS;
-
-// The words of signs of a cell, as the bits of floats.
-struct Words {
-    alignas(64) float of[MOST_GROUPS + 1][SKETCH_COLUMNS];
-};
-
 PYEFF_LANE F16 load_lanes(const float* p, int n) { return n == LANES ? load(p) : load_first(p, n, 0.0f); }
 PYEFF_LANE F16 load_lanes(const uint16_t* p, int n) {
     if (n == LANES) return load_bf16(p);
@@ -44,24 +37,33 @@ PYEFF_LANE F16 step_of(F16 g, const SketchMap& map, const MapLanes& lanes, int64
     return load_first(kept, n, 0.0f);
 }
 
-template <class T, bool MAPPED>
-void sketch_cell_of(const SketchTask& t, const T* x, const MapLanes& lanes, int64_t row, int64_t end, int64_t column,
-                    int64_t width, int64_t cell_columns, const Words& words, float* target) {
-    const U16 top = splat(0x80000000u);
-    const int64_t first_group = row / SKETCH_SIGN_ROWS;
-    for (int64_t r = row; r < end; ++r, target += cell_columns) {
-        const int64_t at = (r - t.first_row);
-        const T* source = x + at * t.row_stride + column;
-        const float* group = words.of[r / SKETCH_SIGN_ROWS - first_group];
-        const int shift = static_cast<int>(31 - r % SKETCH_SIGN_ROWS);
-        for (int64_t c = 0; c < width; c += LANES) {
-            const int n = static_cast<int>(std::min<int64_t>(LANES, width - c));
-            F16 value = load_lanes(source + c, n);
-            if (MAPPED) value = step_of(value, t.map, lanes, at * t.columns + column + c, n);
-            const U16 sign = (bits_of(load(group + c)) << shift) & top;
-            store(target + c, load(target + c) + float_of_bits(bits_of(value) ^ sign));
+// The signs of the rows of a group in turn: bit 0 moves to the place of the sign, and the next one to bit 0.
+PYEFF_LANE F16 signed_by(F16 x, U16& words) {
+    const U16 sign = words << 31;
+    words = words >> 1;
+    return float_of_bits(bits_of(x) ^ sign);
+}
+
+// Rows row..end of one group of signs, VECTORS of their vectors at a time, whose words stay in registers: each row is a
+// read, a sign and an addition. The last vector has `last` lanes.
+template <class T, bool MAPPED, int VECTORS, bool WHOLE>
+PYEFF_LANE void sketch_rows_of(const SketchTask& t, const T* x, const MapLanes& lanes, int64_t row, int64_t end,
+                               int64_t column, int last, int64_t cell_columns, U16 count, float* target) {
+    const SketchRow base = sketch_row(t.key, SKETCH_SIGNS, static_cast<uint64_t>(row / SKETCH_SIGN_ROWS));
+    U16 words[VECTORS];
+    for (int i = 0; i < VECTORS; ++i)
+        words[i] = sketch_word(base, count + splat(static_cast<uint32_t>(column + i * LANES))) >>
+                   static_cast<int>(row % SKETCH_SIGN_ROWS);
+    const T* source = x + (row - t.first_row) * t.row_stride + column;
+    int64_t at = (row - t.first_row) * t.columns + column;
+    for (int64_t r = row; r < end; ++r, source += t.row_stride, target += cell_columns, at += t.columns)
+        for (int i = 0; i < VECTORS; ++i) {
+            const int n = WHOLE ? LANES : last;
+            F16 value = load_lanes(source + i * LANES, n);
+            if (MAPPED) value = step_of(value, t.map, lanes, at + i * LANES, n);
+            float* sum = target + i * LANES;
+            add_to(sum, signed_by(value, words[i]));
         }
-    }
 }
 
 // One sample's cells from..to, added to `sums`. The words are formed anew for each sample: twenty operations for 512
@@ -76,24 +78,26 @@ void sketch_part(const SketchTask& t, const T* x, int64_t from, int64_t to, floa
     for (uint32_t i = 0; i < LANES; ++i) counted[i] = float_of_bits(i);
     const U16 count = bits_of(load(counted));
     const int64_t across = (t.columns + cell.columns - 1) / cell.columns;
-    Words words;
     for (int64_t index = from; index < to; ++index) {
         const int64_t i_row = t.first_row / cell.rows + index / across, i_column = index % across;
         const int64_t begin = i_row * cell.rows, column = i_column * cell.columns;
-        const int64_t row = std::max(begin, t.first_row), end = std::min(begin + cell.rows, last);
+        const int64_t end = std::min(begin + cell.rows, last);
         const int64_t width = std::min(cell.columns, t.columns - column);
-        const int64_t first_group = row / SKETCH_SIGN_ROWS;
-        for (int64_t g = first_group; g <= (end - 1) / SKETCH_SIGN_ROWS; ++g) {
-            const SketchRow base = sketch_row(t.key, SKETCH_SIGNS, static_cast<uint64_t>(g));
-            for (int64_t c = 0; c < width; c += LANES) {
-                const U16 columns = count + splat(static_cast<uint32_t>(column + c));
-                store(words.of[g - first_group] + c, float_of_bits(sketch_word(base, columns)));
-            }
-        }
         const int64_t rotation =
             sketch_rotation(t.key, static_cast<uint64_t>(i_row), static_cast<uint32_t>(i_column), t.dim);
-        float* target = sums + rotation + (row - begin) * cell.columns;
-        sketch_cell_of<T, MAPPED>(t, x, lanes, row, end, column, width, cell.columns, words, target);
+        for (int64_t row = std::max(begin, t.first_row), stop; row < end; row = stop) {
+            stop = std::min(end, (row / SKETCH_SIGN_ROWS + 1) * SKETCH_SIGN_ROWS);
+            float* target = sums + rotation + (row - begin) * cell.columns;
+            if (width == SKETCH_COLUMNS) {
+                sketch_rows_of<T, MAPPED, SKETCH_COLUMNS / LANES, true>(t, x, lanes, row, stop, column, LANES,
+                                                                        cell.columns, count, target);
+                continue;
+            }
+            for (int64_t c = 0; c < width; c += LANES)
+                sketch_rows_of<T, MAPPED, 1, false>(t, x, lanes, row, stop, column + c,
+                                                    static_cast<int>(std::min<int64_t>(LANES, width - c)), cell.columns,
+                                                    count, target + c);
+        }
     }
 }
 
