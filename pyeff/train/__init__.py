@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from pyeff.train.config import RunConfig, ScoreConfig, load_config
     from pyeff.train.run import RunResult, train_run
     from pyeff.train.score import score_samples
+    from pyeff.train.states import training_states
 
-__all__ = ["RunConfig", "RunResult", "ScoreConfig", "load_config", "score_samples", "train_run"]
+__all__ = ["RunConfig", "RunResult", "ScoreConfig", "load_config", "score_samples", "train_run", "training_states"]
 
 _HOME = {
     "RunConfig": "pyeff.train.config",
     "ScoreConfig": "pyeff.train.config",
     "load_config": "pyeff.train.config",
     "score_samples": "pyeff.train.score",
+    "training_states": "pyeff.train.states",
     "RunResult": "pyeff.train.run",
     "train_run": "pyeff.train.run",
 }

@@ -230,3 +230,20 @@ def join_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [join_tensors(value, tensors) for value in tree]
     return tree
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, content: Mapping[str, Any]) -> None:
+    """Give an optimizer the states that a checkpoint holds.
+
+    Raises `ValueError` or `LookupError` for those of other parameters.
+    """
+    moments = load_tensors(path / "optimizer.safetensors")
+    optimizer.load_state_dict(join_tensors(content["optimizer"], moments))
+    for parameter, moment in optimizer.state.items():
+        # torch's fused AdamW trusts these shapes, and would write out of bounds.
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in moment and (moment[name].shape, moment[name].dtype) != (parameter.shape, parameter.dtype):
+                raise ValueError(
+                    f"{name} is {moment[name].dtype} {tuple(moment[name].shape)}, "
+                    f"expected {parameter.dtype} {tuple(parameter.shape)}"
+                )

@@ -71,16 +71,7 @@ class Course:
         job = self.job
         checkpoints.load_into(path / "weights.safetensors", {name: p.data for name, p in job.parameters.items()})
         checkpoints.load_into(path / "ema.safetensors", job.ema.averages)
-        moments = checkpoints.load_tensors(path / "optimizer.safetensors")
-        job.optimizer.load_state_dict(checkpoints.join_tensors(content["optimizer"], moments))
-        for parameter, moment in job.optimizer.state.items():
-            # torch's fused AdamW trusts these shapes, and would write out of bounds.
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in moment and (moment[name].shape, moment[name].dtype) != (parameter.shape, parameter.dtype):
-                    raise ValueError(
-                        f"{name} is {moment[name].dtype} {tuple(moment[name].shape)}, "
-                        f"expected {parameter.dtype} {tuple(parameter.shape)}"
-                    )
+        checkpoints.load_optimizer(job.optimizer, path, content)
         job.ema.steps = content["ema_steps"]
         self.order.load_state_dict(content["order"])
         self.policy.load_state_dict(content["policy"])

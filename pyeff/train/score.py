@@ -13,13 +13,27 @@ from torch import nn
 
 from pyeff.data import EncodedSamples, Sample, encode, load_samples
 from pyeff.errors import UserError
-from pyeff.scoring import BM25, EL2N, GraNd, LastLayerGraNd, Perplexity, RandomScore, RDSPlus, ScoreMethod, Scores
+from pyeff.ops import Sketch
+from pyeff.scoring import (
+    BM25,
+    EL2N,
+    LESS,
+    GraNd,
+    LastLayerGraNd,
+    Perplexity,
+    RandomScore,
+    RDSPlus,
+    Scores,
+    TracIn,
+)
+from pyeff.scoring.method import PoolScore
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.build import own_memory
 from pyeff.train.config import ScoreConfig
 from pyeff.train.model import LoadedModel, load_model
+from pyeff.train.states import training_states
 
-_METHODS: dict[str, Callable[..., ScoreMethod]] = {"el2n": EL2N, "grand": GraNd, "last_layer_grand": LastLayerGraNd}
+_METHODS: dict[str, Callable[..., PoolScore]] = {"el2n": EL2N, "grand": GraNd, "last_layer_grand": LastLayerGraNd}
 
 
 def score_samples(
@@ -52,6 +66,14 @@ def score_samples(
         loaded = load_model(config.model, dtype=config.dtype, notify=notify)
         data, goals = (_encoded(samples, loaded, config) if samples else None for samples in (raw, target))
         options["batch_tokens"] = config.batch_tokens
+        if config.method in ("less", "tracin"):
+            own: dict[str, Any] = {"sketch": Sketch(config.sketch_dim, seed=config.sketch_seed)}
+            own |= {"answers": config.reduction}
+            along = LESS(goals, variant=config.variant, **own) if config.method == "less" else TracIn(goals, **own)
+            states = training_states(
+                config.checkpoints, model=config.model, learning_rates=config.learning_rates, notify=notify
+            )
+            return along.score(states, data, path=config.out, **options)
         method = _method(config, goals)
         base = own_memory(loaded.model)
         if not config.checkpoints:
@@ -76,7 +98,7 @@ def _encoded(samples: list[Sample], loaded: LoadedModel, config: ScoreConfig) ->
     )
 
 
-def _method(config: ScoreConfig, target: EncodedSamples | None) -> ScoreMethod:
+def _method(config: ScoreConfig, target: EncodedSamples | None) -> PoolScore:
     if config.method == "rds_plus":
         return RDSPlus(target)
     return Perplexity() if config.method == "perplexity" else _METHODS[config.method](reduction=config.reduction)
