@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from pyeff import reference as _reference
-from pyeff.ops import _foreign_attention as _foreign
+from pyeff.ops import _cpu_attention, _gpu_attention
 from pyeff.ops._dispatch import Operation, environment_problem
 from pyeff.ops._packed import check_borders, samples_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FOREIGN_ON_GPU = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash")
 _GREATEST_HEAD_SIZE = 256
 _GREATEST_WINDOW = 2**31 - 1
 
@@ -291,9 +290,9 @@ def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
         from pyeff.triton_kernels.attention import attention as kernel
 
         return kernel
-    if impl in _FOREIGN_ON_GPU:
-        return functools.partial(_foreign.gpu_forward, impl)
-    return _foreign.cpu_forward if impl == "cpu" else _reference.attention
+    if impl in _gpu_attention.IMPLEMENTATIONS:
+        return functools.partial(_gpu_attention.forward, impl)
+    return _cpu_attention.forward if impl == "cpu" else _reference.attention
 
 
 def _backward_of(impl: str, deterministic: bool) -> Callable[..., Grads]:
@@ -301,15 +300,15 @@ def _backward_of(impl: str, deterministic: bool) -> Callable[..., Grads]:
         from pyeff.triton_kernels.attention_backward import attention_backward as kernel
 
         return functools.partial(kernel, deterministic=deterministic)
-    if impl in _FOREIGN_ON_GPU:
-        return functools.partial(_foreign.gpu_backward, impl, deterministic=deterministic)
-    return _foreign.cpu_backward if impl == "cpu" else _reference.attention_backward
+    if impl in _gpu_attention.IMPLEMENTATIONS:
+        return functools.partial(_gpu_attention.backward, impl, deterministic=deterministic)
+    return _cpu_attention.backward if impl == "cpu" else _reference.attention_backward
 
 
 def _environment(impl: str, device: str) -> str | None:
-    if impl in _FOREIGN_ON_GPU:
+    if impl in _gpu_attention.IMPLEMENTATIONS:
         problem = None if device == "cuda" else f"it runs on CUDA tensors, and these are on {device}"
-        return problem or _foreign.gpu_problem(impl)
+        return problem or _gpu_attention.problem(impl)
     if impl == "cpu":
         # torch's own kernel: the extension need not have been built.
         return None if device == "cpu" else f"it runs on CPU tensors, and these are on {device}"
@@ -335,10 +334,10 @@ def _limits(
         return "it computes in float32, and q is float64"
     if impl == "cpu":
         return None if softcap is None else "torch's CPU kernel has no softcap"
-    if impl in _FOREIGN_ON_GPU:
+    if impl in _gpu_attention.IMPLEMENTATIONS:
         packed = cu_seqlens is not None
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        return _foreign.gpu_limits(
+        return _gpu_attention.limits(
             impl, q, k, causal=causal, packed=packed, window=window, softcap=softcap, deterministic=deterministic
         )
     if q.shape[-1] > _GREATEST_HEAD_SIZE:

@@ -655,7 +655,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
 def test_blocks_of_masked_queries_change_only_the_rounding(
     block: int, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("pyeff.ops._foreign_attention"), "_MASKED_QUERIES", block)
+    monkeypatch.setattr(importlib.import_module("pyeff.ops._cpu_attention"), "_MASKED_QUERIES", block)
     for dtype in (torch.float32, torch.bfloat16):
         problem = replace(PROBLEMS[which], dtype=dtype)
         tensors = problem.tensors()
