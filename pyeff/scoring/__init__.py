@@ -18,6 +18,7 @@ from pyeff.scoring.store import read_scores
 from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import BM25, RandomScore
 from pyeff.scoring.training_states import TrainingState, WeightedSum
+from pyeff.scoring.zeroth_order import zeroth_order_slopes
 
 __all__ = [
     "BM25",
@@ -50,4 +51,5 @@ __all__ = [
     "read_scores",
     "score_batches",
     "target_scores",
+    "zeroth_order_slopes",
 ]
