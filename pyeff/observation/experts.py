@@ -132,7 +132,7 @@ def _weight_grad(
             reference = features.parameter_reference(watched.name)
             reference = None if reference is None else reference[expert]
             sketch = features.parameter_sketch(watched.name, expert)
-            factored = features.factored_sketch(watched.name, a, g, borders, expert)
+            factored = features.factored_sketch(watched.name, a, g, borders, expert * g.shape[1])
         result = measured(a, g, borders, int(borders.diff().square().sum()), watched, reference, sketch)
         if grad is not None and result.weight_grad is not None:
             grad[expert] = result.weight_grad

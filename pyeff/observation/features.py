@@ -77,12 +77,11 @@ class Features:
         return None if self.reference is None else self.reference.get(name)
 
     def factored_sketch(
-        self, name: str, inputs: Tensor, grad_outputs: Tensor, borders: Tensor, part: int = 0
+        self, name: str, inputs: Tensor, grad_outputs: Tensor, borders: Tensor, first_row: int = 0
     ) -> Tensor | None:
-        """The factored sketches [S, k_out, k_in] of a linear layer's weight, or of matrix `part` of a stack of them."""
+        """The factored sketches [S, k_out, k_in] of a linear layer whose weight begins in this row of the parameter."""
         if self.factored is None:
             return None
-        first_row = part * grad_outputs.shape[1]
         return self.factored.of_product(self.plain(name), inputs, grad_outputs, borders, first_row=first_row)
 
     def of_sample_grads(self, name: str, grads: Tensor) -> Noted:

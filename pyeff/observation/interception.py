@@ -297,14 +297,6 @@ def _head(
     w_use = b_use = None
     if mode.ref(hidden) is None and (w_ref is None or not (w_ref.reshaped or w_ref.transposed)):
         check_leading(hidden, targets)
-        if mode.observation.features is not None:
-            # What the operation forms by panels of classes has norms alone: with sketches and dots the logits are kept.
-            logits = _linear(mode, F.linear, hidden, weight, bias).flatten(0, -2)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
-            return reduced(losses, targets, ignore_index, reduction)
         w_use = mode.use(w_ref, "linear", hidden, hidden.ndim - 1, weight.numel())
         # Its samples' gradients are never formed, so those of a second use could not be added: no size.
         b_use = mode.use(b_ref, "vector", hidden, hidden.ndim - 1, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pyeff.ops.sketch_grads import AdamWDirection
 
 EPS = torch.finfo(torch.float32).eps
 SKETCH = pyeff.Sketch(192, seed=5)
+FACTORED = pyeff.FactoredSketch(5, 3, seed=2)
 
 
 def grads_of_samples(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,17 +166,36 @@ class Head(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def test_a_head_that_never_stores_its_logits_stores_them_to_be_sketched() -> None:
+@pytest.mark.parametrize("wanted", ["sketch", "adamw", "factored", "reference"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("classes", [3, 128], ids=["panels", "one panel"])
+def test_a_head_that_never_stores_its_logits_is_sketched_by_panels(
+    wanted: str, tied: bool, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("pyeff.observation.head")
+    monkeypatch.setattr(module, "_LEAST_CLASSES", classes)
+    monkeypatch.setattr(module, "_PIECE_BYTES", 1)
     torch.manual_seed(0)
     model = Head().double()
+    if tied:
+        model.head.weight = model.table.weight
     ids, targets = torch.randint(0, 11, (3, 4)), torch.randint(0, 11, (3, 4))
+    targets[1, 2] = -100
+    options: dict[str, object] = {
+        "sketch": {"sketch": SKETCH},
+        "adamw": {"sketch": SKETCH, "optimizer": stepped(model), "variant": "adamw-frozen" if tied else "adamw"},
+        "factored": {"sketch": FACTORED},
+        "reference": {"reference": reference_of(model)},
+    }[wanted]
     found = []
     for fused in (True, False):
         model.zero_grad()
-        with pyeff.observe(model, sketch=SKETCH) as seen:
+        with pyeff.observe(model, **options) as seen:
             model(ids, targets, fused).backward()
-        found.append(seen.sketches)
-    assert_close(found[0], found[1].double(), found[1], "sketches")
+        grads = [p.grad for p in model.parameters()]
+        found.append([seen.dots if wanted == "reference" else seen.sketches, seen.grad_norms, *grads])
+    for of_fused, composed in zip(*found, strict=True):
+        assert_close(of_fused, composed.double(), composed, "what a head adds")
 
 
 def test_what_was_not_asked_for_is_not_there_and_bad_requests_are_named() -> None:
@@ -234,9 +255,6 @@ def test_a_part_of_a_vector_is_refused_by_name() -> None:
         pyeff.observe(model, sketch=SKETCH),
     ):
         model(x).square().sum().backward()
-
-
-FACTORED = pyeff.FactoredSketch(5, 3, seed=2)
 
 
 @pytest.mark.parametrize("name", MODELS)
