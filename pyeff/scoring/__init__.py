@@ -15,6 +15,7 @@ from pyeff.scoring.pool import FIELDS, PoolScores, answer_embeddings, cosine_sim
 from pyeff.scoring.scores import Scores, average
 from pyeff.scoring.similarity import EmbeddingSimilarity, HiddenStates, RDSPlus, TextEmbeddings
 from pyeff.scoring.store import read_scores
+from pyeff.scoring.subspace import SubspaceSimilarities
 from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import BM25, RandomScore
 from pyeff.scoring.training_states import TrainingState, WeightedSum
@@ -39,6 +40,7 @@ __all__ = [
     "RandomScore",
     "ScoreMethod",
     "Scores",
+    "SubspaceSimilarities",
     "TargetSimilarities",
     "TextEmbeddings",
     "TracIn",
