@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldCall, Kept
 from pyeff.observation.features import Noted
@@ -24,6 +23,7 @@ from pyeff.observation.layers import (
     cast_for_autocast,
     laid_out,
     no_autocast,
+    observed_once,
     sum_rows,
     weight_norms_sq,
 )
@@ -63,7 +63,7 @@ class ObservedConvolution(torch.autograd.Function):
             return convolve(x_cast, w_cast, b_cast, *geometry)
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         stride, padding, dilation, groups = geometry = ctx.geometry

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldProduct, HeldRows
 from pyeff.observation.features import Noted
@@ -33,11 +32,14 @@ from pyeff.ops import (
     norm_layer_grad,
     vector_grad,
 )
+from pyeff.ops._differentiation import differentiable_once
 from pyeff.ops.vector_grad import VectorGrad
 
 # Temporary tensors are cut into pieces of at most this size. Half a megabyte of fp32 per thousand rows of 128 columns
 # is already past the caches; larger pieces gain nothing.
 WORKSPACE_BYTES = 32 << 20
+
+observed_once = differentiable_once("a layer that pyeff.observe measures", "gradients outside of it")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -79,7 +81,7 @@ class ObservedLinear(torch.autograd.Function):
             return F.linear(x_cast, w_cast.t() if transposed else w_cast, b_cast)
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         grad_x = grad_w = grad_b = None
@@ -189,7 +191,7 @@ class ObservedEmbedding(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         use: Use = ctx.use
@@ -239,7 +241,7 @@ class ObservedScale(torch.autograd.Function):
         return x * w
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         grad_x = (g * w).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
@@ -257,7 +259,7 @@ class ObservedShift(torch.autograd.Function):
         return x + w
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         grad_w = laid_out(sum_rows(g.reshape(-1, ctx.w_shape.numel()), ctx.use), ctx.w_shape, ctx.w_dtype)
         return g.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None, grad_w, None
@@ -272,7 +274,7 @@ class ObservedBroadcast(torch.autograd.Function):
         return w.expand(shape)
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         within = [dim for dim in range(1, g.ndim) if ctx.w_shape[dim] != g.shape[dim]]
         if within:
@@ -306,7 +308,7 @@ class ObservedNorm(torch.autograd.Function):
         return F.rms_norm(x, shape, w, eps)
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         uses = [use for use in (ctx.w_use, ctx.b_use) if use is not None]

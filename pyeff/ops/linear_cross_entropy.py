@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pyeff.ops._differentiation import differentiable_once
 from pyeff.ops.linear_cross_entropy_grad import gradient_of_scored
 from pyeff.ops.linear_cross_entropy_scores import linear_cross_entropy_scores
 
@@ -92,7 +92,7 @@ class TokenLosses(torch.autograd.Function):
         return forward_of_head(ctx, hidden, weight, bias, targets, softcap, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("pyeff.linear_cross_entropy", "cross_entropy(linear(hidden, weight, bias), targets)")
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         hidden, weight, bias, targets, nll, lse = ctx.saved_tensors

@@ -129,6 +129,26 @@ def test_norms_are_those_of_single_samples(name: str) -> None:
         assert (actual.gradient[parameter_name].double() - gradient).abs().max() <= budget, parameter_name
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_second_derivatives_are_refused_and_never_left_out(name: str) -> None:
+    torch.manual_seed(1)
+    make, shape = LAYERS[name]
+    model = make()
+    parameters = list(model.parameters())
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        # Another path, by which a derivative would come out even without the layer's part.
+        loss = squares(model, {"x": x}) + sum(p.sin().sum() for p in parameters)
+        return torch.autograd.grad(loss, parameters, create_graph=create_graph)
+
+    x = torch.randn(shape)
+    with pyeff.observe(model):
+        for once, again in zip(gradients(False), gradients(True), strict=True):
+            assert torch.equal(once, again)
+            with pytest.raises(RuntimeError, match=r"a layer that pyeff\.observe measures has no second derivatives"):
+                torch.autograd.grad(again.square().sum(), parameters, allow_unused=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_an_rms_norm_without_eps_takes_the_one_torch_takes(dtype: torch.dtype) -> None:
     torch.manual_seed(2)

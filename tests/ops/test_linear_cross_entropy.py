@@ -118,13 +118,22 @@ def test_repeats_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_second_gradients_are_refused() -> None:
-    hidden, weight, targets, _ = problem((7,), 8, 30)
-    hidden.requires_grad_()
-    loss = pyeff.linear_cross_entropy(hidden, weight, targets).square()
-    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("of", ["hidden", "weight", "bias"])
+def test_second_derivatives_are_refused_and_never_left_out(of: str) -> None:
+    hidden, weight, targets, bias = problem((7,), 8, 30)
+    of_head = {"hidden": hidden, "weight": weight, "bias": bias}
+    for tensor in of_head.values():
+        tensor.requires_grad_()
+
+    def gradient(create_graph: bool) -> Tensor:
+        loss = pyeff.linear_cross_entropy(hidden, weight, targets, bias=bias).square()
+        # Another path, by which a derivative would come out even without the loss's part.
+        return torch.autograd.grad(loss + of_head[of].sin().sum(), of_head[of], create_graph=create_graph)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+    for inputs in (None, (of_head[of],), tuple(of_head.values())):
+        with pytest.raises(RuntimeError, match=r"pyeff\.linear_cross_entropy has no second derivatives: take"):
+            gradient(True).square().sum().backward(inputs=inputs)
 
 
 def test_what_is_saved_is_two_numbers_a_token() -> None:
