@@ -67,6 +67,8 @@ def test_choosing_half_a_batch(contest: Callable[..., Any], device: str, tiny: b
             cleared(x).backward()
         plain()
 
+    factored = pyeff.FactoredSketch(16, 16)
+    reference = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     plain()
     peer = [p.grad.clone() for p in model.parameters()]
     exact = torch.autograd.grad(model.double()(rows.double()).square().sum(), list(model.parameters()))
@@ -80,7 +82,9 @@ def test_choosing_half_a_batch(contest: Callable[..., Any], device: str, tiny: b
         {
             "step on half the batch": plain,
             "pyeff, deferred, nothing measured": lambda: deferred(norms=False),
+            "pyeff, deferred, factored sketches": lambda: deferred(norms=False, sketch=factored),
             "pyeff, deferred, with norms": deferred,
+            "pyeff, deferred, dots": lambda: deferred(norms=False, reference=reference),
             "pyeff, norms, then a step": twice,
             "step on the whole batch": lambda: plain(x),
         },
