@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyeff.ops._gpu_attention_kernels import BACKWARD, FORWARD, MODULES, Call
-from pyeff.ops._lse_gradient import Grads, backward_with_lse, dense
+from pyeff.ops._lse_gradient import EXTRA_COLUMNS, Grads, backward_with_lse
 from pyeff.ops._packed import samples_of
 
 # In the order of preference.
@@ -36,12 +36,14 @@ def forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse by a kernel for GPUs."""
-    q, k, v = dense(q, k, v)
+    q, k, v = _aligned(q, k, v)
     pack = _Pack.of(q, k, cu_seqlens, cu_seqlens_k)
     call = pack.call(causal, scale, window, softcap)
     if pack.longest_q == 0:
         return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
-    out, lse = FORWARD[impl](pack.queries(q), pack.keys(k), pack.keys(v), call)
+    # Some of these kernels ask the current device for its stream and capability.
+    with torch.cuda.device_of(q):
+        out, lse = FORWARD[impl](pack.queries(q), pack.keys(k), pack.keys(v), call)
     if pack.more_queries:
         # Kernels disagree about the sign.
         lse = lse.masked_fill(lse == float("inf"), float("-inf"))
@@ -79,9 +81,10 @@ def backward(
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
 
     def of_out(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Grads:
-        return BACKWARD[impl](grad_out, q, k, v, out, lse, call)
+        grad_out, q, k, v, out = _aligned(grad_out, q, k, v, out)
+        with torch.cuda.device_of(q):
+            return BACKWARD[impl](grad_out, q, k, v, out, lse, call)
 
-    grad_out, q, k, v, out = dense(grad_out, q, k, v, out)
     shapes = (q.shape, k.shape, v.shape)
     grad_out, q, out = (pack.queries(t) for t in (grad_out, q, out))
     k, v = pack.keys(k), pack.keys(v)
@@ -135,7 +138,8 @@ class _Pack:
         return _Pack(cu_q, cu_k, longest_q, longest_k, more_queries, own_q, own_k)
 
     def call(self, causal: bool, scale: float, window: int | None, softcap: float | None) -> Call:
-        left = -1 if window is None else window - 1
+        # A window wider than all samples is none, and its borders need not fit the kernels' 32 bits.
+        left = -1 if window is None or window >= max(self.longest_q, self.longest_k) else window - 1
         borders = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
         return Call(causal, scale, softcap or 0.0, left, 0 if causal else left, *borders)
 
@@ -144,6 +148,17 @@ class _Pack:
 
     def keys(self, t: Tensor) -> Tensor:
         return t if self.own_k is None else t.index_select(0, self.own_k)
+
+
+def _aligned(*tensors: Tensor) -> list[Tensor]:
+    """Kernels read 16 bytes of a head at a time; rows that begin elsewhere are copied."""
+    elements = 16 // tensors[0].element_size()
+    return [
+        t
+        if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(stride % elements for stride in t.stride()[:-1])
+        else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    ]
 
 
 @functools.cache
@@ -170,26 +185,36 @@ def limits(
     window: int | None,
     softcap: float | None,
     deterministic: bool,
+    lse_gradient: bool = False,
 ) -> str | None:
-    """Why the kernel `impl` for GPUs cannot take these arguments, or None."""
+    """Why the kernel `impl` for GPUs cannot take these arguments, or None; `lse_gradient`: in a backward that is given
+    one, which takes columns of its own."""
     head_size, capability = q.shape[-1], torch.cuda.get_device_capability(q.device)
-    most = 128 if impl == "cudnn" else 256
+    most = 128 if impl == "cudnn" or (impl == "flash_attn_4" and capability[0] == 10) else 256
+    columns = head_size + (EXTRA_COLUMNS if lse_gradient else 0)
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, and q is {q.dtype}"
     if head_size % 8 or head_size > most:
         return f"it takes head sizes up to {most} that are multiples of 8, and q has {head_size}"
+    if columns > most:
+        return (
+            f"lse has a gradient, which it carries in {EXTRA_COLUMNS} columns beside those of a head: {columns} of at "
+            f"most {most}"
+        )
     if capability < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
     if softcap is not None and impl in ("flash", "cudnn"):
         return "it has no softcap"
-    if impl == "flash" and head_size > 192 and capability in ((8, 6), (8, 9), (12, 0)):
-        return f"its backward needs an A100 or H100 for head sizes above 192, and q has {head_size}"
+    if impl == "flash" and columns > 192 and capability in ((8, 6), (8, 9), (12, 0)):
+        return f"its backward needs an A100 or H100 for more than 192 columns, and these are {columns}"
     if impl == "flash" and deterministic and not torch.are_deterministic_algorithms_enabled():
         return "its backward is deterministic only under torch.use_deterministic_algorithms"
     if impl == "flash_attn_3" and capability[0] != 9:
         return "it needs a Hopper GPU"
     if impl == "flash_attn_4" and capability[0] not in (9, 10):
         return "it needs a Hopper or Blackwell GPU"
+    if impl == "flash_attn_4" and softcap is not None and packed:
+        return "its backward has no softcap of packed samples"
     if impl == "cudnn":
         if packed:
             return "it takes no packed samples"

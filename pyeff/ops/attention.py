@@ -114,7 +114,9 @@ def attention(
     (plain torch, which forms all of S). On a GPU of compute capability 9: "flash_attn_3", "flash_attn_4", "cudnn",
     "triton", "flash_attn_2", "flash" (torch's), "reference"; on 8: "flash_attn_2", "flash", "triton"; on 10:
     "flash_attn_4", "cudnn", "triton", "flash_attn_2", "flash". That order is an estimate from published speeds, not
-    measured yet. An explicit one runs, forward and backward, or raises `RuntimeError` with the reason.
+    measured yet. An explicit one runs, forward and backward, or raises `RuntimeError` with the reason. torch's and
+    flash-attn's GPU kernels carry a gradient of lse in 8 more columns of a head: where these are too many, "auto" takes
+    another kernel for the backward, and an explicit one raises there.
 
     `deterministic`, or `torch.use_deterministic_algorithms(True)`, asks for the same bits in every run on the same
     device. "cpu" and "reference" always give them, "triton" by a backward of 14 D FLOPs instead of 10, the flash-attn
@@ -250,7 +252,7 @@ def _run_backward(
 ) -> Grads:
     options = _options(cu_seqlens, cu_seqlens_k, causal, scale, window, softcap)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    chosen = _chosen(q, k, v, options, impl, deterministic)
+    chosen = _chosen(q, k, v, options, impl, deterministic, lse_gradient=grad_lse is not None)
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
         return dq, dk, dv
@@ -276,13 +278,23 @@ def _options(
     }
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], impl: str, deterministic: bool) -> str:
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+    impl: str,
+    deterministic: bool,
+    *,
+    lse_gradient: bool = False,
+) -> str:
     """The implementation that runs, once the borders are known to fit: both are for eager code, never traced."""
     if options["cu_seqlens"] is not None:
         samples_of(options["cu_seqlens"], q.shape[0])
         if options["cu_seqlens_k"] is not None:
             samples_of(options["cu_seqlens_k"], k.shape[0], "cu_seqlens_k")
-    return OPERATION.explain(q, k, v, **options, deterministic=deterministic, impl=impl).impl
+    how: dict[str, Any] = {"deterministic": deterministic, "lse_gradient": lse_gradient, "impl": impl}
+    return OPERATION.explain(q, k, v, **options, **how).impl
 
 
 def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -326,6 +338,7 @@ def _limits(
     window: int | None = None,
     softcap: float | None = None,
     deterministic: bool = False,
+    lse_gradient: bool = False,
     **others: object,
 ) -> str | None:
     if impl == "reference":
@@ -338,7 +351,15 @@ def _limits(
         packed = cu_seqlens is not None
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return _gpu_attention.limits(
-            impl, q, k, causal=causal, packed=packed, window=window, softcap=softcap, deterministic=deterministic
+            impl,
+            q,
+            k,
+            causal=causal,
+            packed=packed,
+            window=window,
+            softcap=softcap,
+            deterministic=deterministic,
+            lse_gradient=lse_gradient,
         )
     if q.shape[-1] > _GREATEST_HEAD_SIZE:
         return f"it takes head sizes up to {_GREATEST_HEAD_SIZE}, and q has {q.shape[-1]}"
