@@ -102,7 +102,7 @@ def _attention_forward(
         return result
     _refuse_options(module, dropout, kwargs)
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    pattern = _pattern(module, query, key, attention_mask, causal)
+    pattern = _pattern(module, query, key, attention_mask, causal, kwargs.get("sliding_window"))
     pattern = _with_given_borders(pattern, query, kwargs)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     size, value_size = q.shape[-1], v.shape[-1]
@@ -158,7 +158,9 @@ def _refuse_options(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -
         )
 
 
-def _pattern(module: nn.Module, query: Tensor, key: Tensor, mask: Any, causal: bool) -> AttentionPattern:
+def _pattern(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, causal: bool, window: int | None
+) -> AttentionPattern:
     queries, keys = query.shape[2], key.shape[2]
     if isinstance(mask, AttentionPattern):
         if mask.causal and not causal:
@@ -176,7 +178,13 @@ def _pattern(module: nn.Module, query: Tensor, key: Tensor, mask: Any, causal: b
             f"{type(module).__name__} has {keys} keys for {queries} queries and no mask: training on top of a cache is "
             "not supported; pass use_cache=False"
         )
-    return AttentionPattern(causal)
+    if window is not None and not causal:
+        raise UnsupportedMaskError(
+            f"{type(module).__name__} names a sliding window of {window} without a mask that says on which side: "
+            "checkpoint with keep='nothing'"
+        )
+    # Where masks were made without gradients, as flash-attention's are, the window comes by this argument alone.
+    return AttentionPattern(causal, window)
 
 
 def _with_given_borders(pattern: AttentionPattern, query: Tensor, kwargs: dict[str, Any]) -> AttentionPattern:

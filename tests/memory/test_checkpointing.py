@@ -24,7 +24,13 @@ from transformers import masking_utils
 
 import pyeff
 from pyeff.memory import measure_step
-from pyeff.memory.attention_interface import AttentionPattern, UnsupportedMaskError, _make_mask, register
+from pyeff.memory.attention_interface import (
+    AttentionPattern,
+    UnsupportedMaskError,
+    _attention_forward,
+    _make_mask,
+    register,
+)
 from pyeff.memory.stored import compress
 
 SIZES: dict[str, Any] = {
@@ -805,6 +811,16 @@ def test_a_mask_of_other_rows_or_tokens_is_refused():
             mask[0, 0] = 0
             with pytest.raises(UnsupportedMaskError, match=message):
                 model(**batch, attention_mask=mask)
+
+
+def test_a_window_that_comes_without_a_mask_is_not_ignored():
+    module = nn.Module()
+    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    named = {"original": "sdpa", "sliding_window": 3}
+    out, _ = _attention_forward(module, q, k, v, None, **named)
+    assert torch.equal(out, pyeff.attention(*(t.transpose(1, 2) for t in (q, k, v)), window=3))
+    with pytest.raises(UnsupportedMaskError, match="on which side"):
+        _attention_forward(module, q, k, v, None, is_causal=False, **named)
 
 
 def test_a_mask_of_the_callers_own_is_refused():
