@@ -195,7 +195,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because gradients were not finite; waits for the device."""
-        return int(self.param_groups[0]["skipped_steps"])
+        return max(int(group["skipped_steps"]) for group in self.param_groups)
 
     # ----------------------------------------------------------------------------------------------------- step
 
@@ -219,6 +219,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         if isinstance(lr, Tensor) and lr.is_cuda:
             # Read on the device, whatever its type: nothing waits for the number.
             tensor, lr = lr.to(call.device, torch.float32), 0.0
+        if call.counts_skipped and call.group["skipped_steps"].device != call.device:
+            # Parameters were moved, or those on the first one's device have no gradients this time.
+            call.group["skipped_steps"] = call.group["skipped_steps"].to(call.device)
         call.plan.step(
             self._rule_of({**call.group, "clip_norm": clip_norm}, float(lr)),
             norm=norm,
@@ -298,16 +301,23 @@ class Optimizer8bit(torch.optim.Optimizer):
             if rows is None:
                 rows = calls[device] = _Rows()
             groups: tuple[Any, ...] = ()
+            place: Callable[[Tensor], int] = Tensor.data_ptr
             if is_distributed(p) or is_distributed(grad):
+                place = id  # a DTensor has no address
                 groups, grad = shard_groups(p), part_of_grad(grad, p)
                 p = local(p)
+            elif grad.is_neg():
+                grad = grad.resolve_neg()  # the kernels read the memory as it is
             rows.places.append(i)
             rows.params.append(p)
             rows.grads.append(grad)
             rows.shard_groups.append(groups)
-            # What must not change while a plan is in use: where weights lie, and which tensors the states are.
+            # What must not change while a plan is in use: where weights lie, and where states do. The plan holds the
+            # states, so that no others can have come to lie there.
             rows.key.append((p.data_ptr(), p.dtype, p.shape, p.stride()))
-            rows.states.append([state.get(name) for name in names])
+            states = [state.get(name) for name in names]
+            rows.states.append(states)
+            rows.places_of_states.append([one if one is None else place(one) for one in states])
         return [
             _Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups, counts_skipped=j == 0)
             for j, (device, rows) in enumerate(calls.items())
@@ -316,11 +326,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> AnyPlan:
         layout = {name: group[name] for name in LAYOUT}
         cached = self._plans.get((index, device, only))
-        if cached is not None and cached.layout == layout and cached.rows.key == rows.key:
-            same = zip(cached.rows.states, rows.states, strict=True)
-            if all(a is b for ours, theirs in same for a, b in zip(ours, theirs, strict=True)):
-                cached.plan.set_grads(rows.grads)
-                return cached.plan
+        if cached is not None and cached.layout == layout and cached.rows.is_at(rows):
+            cached.plan.set_grads(rows.grads)
+            return cached.plan
         offload = self._host_states.offload_to(device) if group["offload"] else None
         parts = [[state if state is None else local(state) for state in states] for states in rows.states]
         for p, states in zip(rows.params, parts, strict=True):
@@ -332,6 +340,12 @@ class Optimizer8bit(torch.optim.Optimizer):
                         f"the states of a parameter of shape {tuple(p.shape)} on {device} were made for another shape, "
                         "device or block_size; make a new optimizer, or load a state_dict, after moving parameters"
                     )
+            for what, t in (("a parameter", p), *(("a state of a parameter", t) for t in states if t is not None)):
+                if t.numel() and not t.data_ptr():
+                    raise ValueError(
+                        f"{what} of shape {tuple(p.shape)} on {device} has no memory: it was freed, or never there "
+                        "(a fake or meta tensor); bring it back before a step"
+                    )
         if offload is not None:
             names = self._names(group)
             for i, j, part in self._host_states.taken_in(offload, parts):
@@ -339,8 +353,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 assert name is not None
                 self.state[p][name] = rows.states[i][j] = placed(name, part, p, before.shape)
                 parts[i][j] = part
-        if group["skipped_steps"].device != device_of(group):
-            group["skipped_steps"] = group["skipped_steps"].to(device_of(group))
+                rows.places_of_states[i][j] = None  # looked up with the next step
         columns = list(zip(*parts, strict=True))
         lists = [[] if column[0] is None else list(column) for column in columns]
         layout_of_list: dict[str, Any] = {
@@ -419,7 +432,12 @@ class _Rows:
     grads: list[Tensor] = field(default_factory=list)
     key: list[tuple[Any, ...]] = field(default_factory=list)
     states: list[list[Any]] = field(default_factory=list)
+    places_of_states: list[list[int | None]] = field(default_factory=list)
     shard_groups: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def is_at(self, other: _Rows) -> bool:
+        """Whether parameters and states lie in the same memory."""
+        return self.key == other.key and self.places_of_states == other.places_of_states
 
 
 @dataclass(frozen=True)

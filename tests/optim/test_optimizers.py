@@ -343,6 +343,15 @@ def test_a_step_with_a_bad_gradient_is_skipped_as_a_whole_and_counted(tmp_path: 
         assert fresh.skipped_steps == 2
 
 
+def test_a_skipped_step_is_counted_where_the_first_group_has_no_gradients() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = AdamW8bit([{"params": [p]} for p in params], skip_nonfinite=True)
+    params[1].grad = torch.full((3,), torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(params[1], torch.ones(3))
+
+
 @pytest.mark.parametrize("master", MASTERS)
 def test_bf16_training_is_as_good_as_fp32_unless_masters_are_left_out(master: str) -> None:
     """At a learning rate whose steps are below a bf16's last place."""
