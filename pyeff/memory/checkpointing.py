@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from pyeff.memory.checkpointed_layers import (
+    find_layers,
+    refuse_gradient_checkpointing,
+    refuse_nested,
+    replace_attention,
+    without_caches,
+)
 from pyeff.memory.stored import Compression, Offload, Storing
 from pyeff.ops.attention import FORWARD, forward_by
 
@@ -110,12 +116,12 @@ def checkpoint(
     for name, value in (("offload", offload), ("strict", strict)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    found = _find_layers(model, layers)
-    _refuse_nested(found)
+    found = find_layers(model, layers)
+    refuse_nested(found)
     for name, layer in found.items():
         if isinstance(layer.__dict__.get("forward"), _CheckpointedForward):
             raise ValueError(f"layer {name!r} is checkpointed already: call remove() on what checkpoint returned")
-        _refuse_gradient_checkpointing(name, layer)
+        refuse_gradient_checkpointing(name, layer)
     return Checkpoints(model, found, keep=keep, offload=offload, compress=compress, strict=strict)
 
 
@@ -139,7 +145,7 @@ class Checkpoints:
         self._undo: list[Any] = []
         offloading = Offload() if offload else None
         if keep == "attention":
-            self._undo += _replace_attention(model, layers)
+            self._undo += replace_attention(model, layers)
         for name, layer in layers.items():
             forward = _CheckpointedForward(
                 name, layer, self.attention_runs[name], keep == "attention", strict, compress, offloading
@@ -208,13 +214,13 @@ class _CheckpointedForward:
 
     @torch.compiler.disable(reason="checkpointed layers run outside compiled graphs")
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _refuse_gradient_checkpointing(self.name, self.layer)
+        refuse_gradient_checkpointing(self.name, self.layer)
         if self.keeps and self.strict and torch._C._current_graph_task_id() != -1:
             raise AttentionRerunError(
                 f"layer {self.name!r} runs again in a backward pass, attention with it: another checkpoint encloses "
                 "it; remove that one"
             )
-        args, kwargs = _without_caches(self.layer, args, kwargs)
+        args, kwargs = without_caches(self.layer, args, kwargs)
         # torch keeps its function's arguments where hooks and devices are known, and keywords in a closure.
         names = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad]
         own = {name: value for name, value in kwargs.items() if name not in names}
@@ -352,127 +358,6 @@ def _call(q: Tensor, k: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
     packed, packed_k = options[:2]
     borders = [None if t is None else tuple(t.shape) for t in (packed, packed_k)]
     return (q.shape, k.shape, q.dtype, *borders, *options[2:])
-
-
-# -------------------------------------------------------------------------------------------------------- the model
-
-
-def _find_layers(model: nn.Module, layers: Any) -> dict[str, nn.Module]:
-    if isinstance(layers, str):
-        if layers != "auto":
-            raise ValueError(f"layers must be 'auto' or a list of modules or their names, got {layers!r}")
-        return _decoder_layers(model)
-    if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
-        layers = [layers]
-    if not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be 'auto' or a list of modules or their names, got {type(layers).__name__}")
-    names = {id(module): name for name, module in model.named_modules()}
-    modules = dict(model.named_modules())
-    found: dict[str, nn.Module] = {}
-    for given in layers:
-        if isinstance(given, str):
-            if given not in modules:
-                raise ValueError(f"layers names {given!r}, which is no module of the model")
-            given = modules[given]
-        if not isinstance(given, nn.Module):
-            raise TypeError(f"layers must hold modules or their names, got {type(given).__name__}")
-        if id(given) not in names:
-            raise ValueError(f"layers holds a {type(given).__name__} that is no module of the model")
-        chosen = given if isinstance(given, nn.ModuleList) else [given]
-        found.update({names[id(module)]: module for module in chosen})
-    if not found:
-        raise ValueError("layers is empty: name at least one module")
-    return found
-
-
-def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    found = {}
-    if "transformers" in sys.modules:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        found = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
-    if not found:
-        raise ValueError(
-            f"layers='auto' finds the decoder layers of transformers' models, and {type(model).__name__} has none: "
-            "give layers=[...], modules that call pyeff.attention, or their names"
-        )
-    return {name: layer for name, layer in found.items() if not _enclosed(name, found)}
-
-
-def _enclosed(name: str, names: Iterable[str]) -> str | None:
-    return next((other for other in names if other != name and (not other or name.startswith(f"{other}."))), None)
-
-
-def _refuse_nested(layers: dict[str, nn.Module]) -> None:
-    for name in layers:
-        outer = _enclosed(name, layers)
-        if outer is not None:
-            raise ValueError(f"layers holds {name!r} and {outer!r}, which encloses it: name one of them")
-
-
-def _refuse_gradient_checkpointing(name: str, layer: nn.Module) -> None:
-    if getattr(layer, "gradient_checkpointing", False):
-        raise ValueError(
-            f"layer {name!r} has transformers' gradient checkpointing switched on: call "
-            "model.gradient_checkpointing_disable() first"
-        )
-
-
-def _replace_attention(model: nn.Module, layers: dict[str, nn.Module]) -> list[Any]:
-    """Give `pyeff.attention` to the configurations that transformers' layers read; what undoes it."""
-    if "transformers" not in sys.modules:
-        return []
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from pyeff.memory.attention_interface import register
-
-    chosen = {id(layer) for layer in layers.values()}
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or module._supports_attention_backend:
-            continue
-        if any(id(inner) in chosen for inner in module.modules()):
-            raise ValueError(
-                f"{name or 'the model'}: the attention of {type(module).__name__} does not go through transformers' "
-                "AttentionInterface: checkpoint with keep='nothing'"
-            )
-    found = (getattr(module, "config", None) for layer in layers.values() for module in layer.modules())
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    undo = []
-    for config in configs.values():
-        original = config._attn_implementation
-        # Only this one: the public setter would change every configuration inside it too.
-        config._attn_implementation_internal = register(original or "eager")
-        undo.append(functools.partial(setattr, config, "_attn_implementation_internal", original))
-    return undo
-
-
-def _without_caches(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments without caches of keys and values, which a re-run would write to again."""
-    if "transformers" not in sys.modules or getattr(layer, "_can_checkpoint_with_cache", False):
-        return args, kwargs
-    from transformers import Cache
-
-    def without(value: Any) -> Any:
-        if not isinstance(value, Cache):
-            return value
-        dropped_by: set[int] = value.__dict__.setdefault("_dropped_by", set())
-        if id(layer) in dropped_by:
-            raise ValueError(
-                "this cache was given before and is empty, as layers drop caches while gradients are wanted: decode "
-                "under torch.no_grad()"
-            )
-        dropped_by.add(id(layer))
-        if value.get_seq_length() > 0:
-            raise ValueError(
-                "a cache that holds tokens cannot be trained on top of, as the re-run would write to it again: pass "
-                "use_cache=False and past_key_values=None"
-            )
-        return None
-
-    kwargs = {name: False if name == "use_cache" else without(value) for name, value in kwargs.items()}
-    return tuple(without(value) for value in args), kwargs
 
 
 __all__ = ["AttentionRerunError", "AttentionRuns", "Checkpoints", "Keep", "checkpoint"]

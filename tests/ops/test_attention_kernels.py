@@ -19,6 +19,7 @@ from attention_problems import (
 )
 from torch import Tensor
 
+from pyeff.ops._attention_choice import OPERATION
 from pyeff.ops._dispatch import interpreting
 
 pytestmark = backends.quiet_interpreter
@@ -58,11 +59,11 @@ def head_of(size: int, tokens: int = 16) -> Tensor:
     ("impl", "most"), [("cudnn", 128), ("flash", 256), ("flash_attn_2", 256), ("flash_attn_3", 256)]
 )
 def test_a_gradient_of_lse_has_room_in_a_head_or_is_refused(impl: str, most: int) -> None:
-    module = importlib.import_module("pyeff.ops.attention")
+    limits = OPERATION.limits
     for size in (most - 8, most):
         q = head_of(size)
-        assert module._limits(impl, q, q, q) is None
-        problem = module._limits(impl, q, q, q, lse_gradient=True)
+        assert limits(impl, q, q, q) is None
+        problem = limits(impl, q, q, q, lse_gradient=True)
         assert (problem is None) == (size < most)
     assert f"{most + 8} of at most {most}" in problem
 
@@ -70,13 +71,12 @@ def test_a_gradient_of_lse_has_room_in_a_head_or_is_refused(impl: str, most: int
 def test_the_backward_asks_for_a_kernel_that_takes_the_gradient_of_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("pyeff.ops.attention")
     asked: list[bool] = []
-    limits = module._limits
 
     def seen(*args: Any, **kwargs: Any) -> str | None:
         asked.append(kwargs["lse_gradient"])
-        return limits(*args, **kwargs)
+        return OPERATION.limits(*args, **kwargs)
 
-    monkeypatch.setattr(module, "OPERATION", replace(module.OPERATION, limits=seen))
+    monkeypatch.setattr(module, "OPERATION", replace(OPERATION, limits=seen))
     problem = Problem((3, 2))
     tensors = problem.tensors()
     for with_lse in (False, True):
@@ -86,10 +86,10 @@ def test_the_backward_asks_for_a_kernel_that_takes_the_gradient_of_lse(monkeypat
 
 @pytest.mark.usefixtures("hopper")
 def test_flash_attention_4_is_not_asked_for_softcaps_of_packed_samples() -> None:
-    module = importlib.import_module("pyeff.ops.attention")
+    limits = OPERATION.limits
     q = head_of(64)
-    assert module._limits("flash_attn_4", q, q, q, softcap=30.0) is None
-    packed = module._limits("flash_attn_4", q[0], q[0], q[0], softcap=30.0, cu_seqlens=borders_of((16,)))
+    assert limits("flash_attn_4", q, q, q, softcap=30.0) is None
+    packed = limits("flash_attn_4", q[0], q[0], q[0], softcap=30.0, cu_seqlens=borders_of((16,)))
     assert "no softcap of packed samples" in packed
 
 
