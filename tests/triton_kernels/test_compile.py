@@ -103,11 +103,13 @@ COMPILED_ONLY = [
 
 
 @functools.cache
-def compiled(capability: int) -> dict[str, dict[str, dict[str, Any]]]:
+def compiled(
+    capability: int, cases: tuple[str, ...] = (*PRODUCTS, *COMPILED_ONLY)
+) -> dict[str, dict[str, dict[str, Any]]]:
     script = Path(__file__).with_name("compile_kernels.py")
     # 1 is the default until Triton 3.10 turns it off; set, so that all versions compile the same arithmetic.
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(script), str(capability), *PRODUCTS, *COMPILED_ONLY]
+    command = [sys.executable, str(script), str(capability), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -140,6 +142,13 @@ def test_products_are_pipelined_on_the_tensor_cores(case: str, capability: int) 
         assert facts["copies_in_flight"] >= 2 or facts["bulk_copies"], f"{name} waits for every copy"
         # A thread's share of a short vector is less than sixteen bytes.
         assert not facts["narrow_copies"] or (name in WITH_VECTORS and facts["wide_copies"]), name
+
+
+def test_attention_fits_gpus_with_less_shared_memory() -> None:
+    cases = ("attention.bf16_packed", "attention.bf16_256", "attention.bf16_256_deterministic")
+    for case, kernels in compiled(86, cases).items():
+        for name, facts in kernels.items():
+            assert facts["shared_bytes"] <= 99 << 10, f"{case}: {name}"
 
 
 @pytest.mark.parametrize("case", ["attention.descriptors", "attention.descriptors_packed"])
