@@ -278,7 +278,8 @@ class LESS(InfluenceMethod):
 
     @property
     def _formula(self) -> list[str]:
-        subtasks = [] if self._groups is None else [f"{len(set(map(str, self._groups)))} subtasks"]
+        count = 0 if self._groups is None else len(set(map(str, self._groups)))
+        subtasks = [f"{count} subtask{'s' if count > 1 else ''}"] if count else []
         return [str(self._variant), "mean cosine in a subtask", *subtasks, f"{self._reduction} over them"]
 
 
