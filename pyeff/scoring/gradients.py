@@ -13,12 +13,13 @@ from pyeff.observation import GradientObservation, observe
 from pyeff.observation.features import Variant
 from pyeff.ops import Sketch
 from pyeff.scoring.backward import backward_of_answers, backward_of_classes
-from pyeff.scoring.language import Reduction, check_reduction, variant
+from pyeff.scoring.language import BatchWork, Reduction, check_reduction, variant
 from pyeff.scoring.method import FeatureMethod
 from pyeff.scoring.work import Digest
 
 if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
+    from pyeff.governor import TransformerShape
 
 
 class GradientSketches(FeatureMethod):
@@ -114,6 +115,10 @@ class GradientSketches(FeatureMethod):
         with self._observed(model) as seen:
             backward_of_answers(seen, model, batch, where, self._reduction)
         return torch.where((where.cu_seqlens.diff() > 0)[:, None], seen.sketches, torch.nan)
+
+    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
+        """FLOPs of a forward and backward pass with the head at answer tokens; a sketch adds none."""
+        return work.of(shape.train_cost())
 
 
 def _moments_fingerprint(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> str:

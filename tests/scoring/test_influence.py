@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pyeff
 from pyeff.data import EncodedSample, EncodedSamples, Sample
 from pyeff.errors import UserError
-from pyeff.scoring import LESS, GradientSketches, TracIn, TrainingState, read_features, read_scores
+from pyeff.scoring import LESS, GradientSketches, TracIn, TrainingState, language, read_features, read_scores
 from pyeff.selection import per_sample, round_robin
 
 SKETCH = pyeff.Sketch(192, seed=5)
@@ -133,6 +133,15 @@ def test_tracin_is_its_definition_one_sample_at_a_time() -> None:
         influence("llama tied", dtype, None, cosine=False).mean(1) for dtype in (torch.float64, torch.float32)
     )
     assert_as_accurate(torch.from_numpy(got.values).float(), exact, peer, multiple=4.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2"])
+def test_features_cost_a_forward_and_a_backward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = model_named(name, torch.float32), GradientSketches(SKETCH)
+    by_formula = method.features(model, POOL, **OPTIONS)
+    monkeypatch.setattr(language, "_trained_shape", lambda model: None)
+    counted = method.features(model, POOL, **OPTIONS)
+    assert by_formula.flops == counted.flops > 0
 
 
 def classes(count: int, seed: int) -> tuple[Tensor, Tensor]:
