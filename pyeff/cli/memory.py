@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyeff.cli.units import duration, number
-from pyeff.memory.planner import Plan, size_text
+from pyeff.memory.plans import Plan, size_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

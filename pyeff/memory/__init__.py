@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyeff.memory.attention_interface import UnsupportedMaskError
     from pyeff.memory.checkpointing import AttentionRerunError, AttentionRuns, Checkpoints, checkpoint
-    from pyeff.memory.planner import Option, Phase, Plan, parse_size, plan
+    from pyeff.memory.planner import plan
+    from pyeff.memory.plans import Option, Phase, Plan, parse_size
     from pyeff.memory.rates import Rates, estimated_rates, measured_rates
     from pyeff.memory.trace import Traced, measure_step, trace_step
 
@@ -35,9 +36,9 @@ _HOME = {
     "AttentionRerunError": "checkpointing",
     "AttentionRuns": "checkpointing",
     "Checkpoints": "checkpointing",
-    "Option": "planner",
-    "Phase": "planner",
-    "Plan": "planner",
+    "Option": "plans",
+    "Phase": "plans",
+    "Plan": "plans",
     "Rates": "rates",
     "Traced": "trace",
     "UnsupportedMaskError": "attention_interface",
@@ -45,7 +46,7 @@ _HOME = {
     "estimated_rates": "rates",
     "measure_step": "trace",
     "measured_rates": "rates",
-    "parse_size": "planner",
+    "parse_size": "plans",
     "plan": "planner",
     "trace_step": "trace",
 }

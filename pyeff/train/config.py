@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pyeff.data.sources import Source
 from pyeff.errors import UserError
 from pyeff.governor import Budget, GovernorConfig, parse_price
-from pyeff.memory.planner import parse_size
+from pyeff.memory.plans import parse_size
 from pyeff.memory.transformer import Checkpointing
 
 # Of the budget. What is not training must be small beside it, or be asked for.

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyeff.errors import UserError
-from pyeff.memory.planner import Plan, Planner, Settings, Source, parse_size, size_text
+from pyeff.memory.planned_model import Source
+from pyeff.memory.planner import Planner
+from pyeff.memory.plans import Plan, Settings, parse_size, size_text
 from pyeff.memory.rates import Rates
 from pyeff.memory.transformer import Checkpointing
 

@@ -16,7 +16,9 @@ from torch import nn
 from pyeff.errors import UserError
 from pyeff.memory import Rates, estimated_rates, measure_step, measured_rates, parse_size, plan, trace_step
 from pyeff.memory.architecture import Parameter
-from pyeff.memory.planner import Planner, Settings, Source, largest_that_fits
+from pyeff.memory.planned_model import Source
+from pyeff.memory.planner import Planner, largest_that_fits
+from pyeff.memory.plans import Settings
 from pyeff.memory.states import state_bytes
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from pyeff.errors import UserError
 from pyeff.memory import Rates, measure_step, plan, trace, trace_step
 from pyeff.memory.architecture import Parameter
-from pyeff.memory.planner import Planner, Settings, Source
+from pyeff.memory.planned_model import Source
+from pyeff.memory.planner import Planner
+from pyeff.memory.plans import Settings
 from pyeff.memory.states import slot_bytes, state_bytes
 from pyeff.memory.trace import StepError
 from pyeff.optim import AdamW8bit, GradientRelease, SGD8bit
