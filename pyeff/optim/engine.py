@@ -312,12 +312,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             rows.params.append(p)
             rows.grads.append(grad)
             rows.shard_groups.append(groups)
-            # What must not change while a plan is in use: where weights lie, and where states do. The plan holds the
-            # states, so that no others can have come to lie there.
-            rows.key.append((p.data_ptr(), p.dtype, p.shape, p.stride()))
+            # What must not change while a plan is in use: where weights lie, which tensors the states are, and where,
+            # of which the first answers for all: to ask each takes a sixth of a step of small parameters.
             states = [state.get(name) for name in names]
+            rows.key.append((p.data_ptr(), p.dtype, p.shape, p.stride(), states[0] is None or place(states[0])))
             rows.states.append(states)
-            rows.places_of_states.append([one if one is None else place(one) for one in states])
         return [
             _Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups, counts_skipped=j == 0)
             for j, (device, rows) in enumerate(calls.items())
@@ -326,12 +325,15 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> AnyPlan:
         layout = {name: group[name] for name in LAYOUT}
         cached = self._plans.get((index, device, only))
-        if cached is not None and cached.layout == layout and cached.rows.is_at(rows):
-            cached.plan.set_grads(rows.grads)
-            return cached.plan
+        if cached is not None and cached.layout == layout and cached.rows.key == rows.key:
+            same = zip(cached.rows.states, rows.states, strict=True)
+            if all(a is b for ours, theirs in same for a, b in zip(ours, theirs, strict=True)):
+                cached.plan.set_grads(rows.grads)
+                return cached.plan
         offload = self._host_states.offload_to(device) if group["offload"] else None
         parts = [[state if state is None else local(state) for state in states] for states in rows.states]
         for p, states in zip(rows.params, parts, strict=True):
+            check_parameter(p, "parameters, also where `p.data` was assigned,")
             shapes = state_shapes(p, rule=self._rule, **layout)
             for i, (state, expected) in enumerate(zip(states, shapes, strict=True)):
                 where = torch.device("cpu") if offload is not None and i < OFFLOADED else device
@@ -351,9 +353,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             for i, j, part in self._host_states.taken_in(offload, parts):
                 p, name, before = group["params"][rows.places[i]], names[j], rows.states[i][j]
                 assert name is not None
-                self.state[p][name] = rows.states[i][j] = placed(name, part, p, before.shape)
+                self.state[p][name] = rows.states[i][j] = now = placed(name, part, p, before.shape)
                 parts[i][j] = part
-                rows.places_of_states[i][j] = None  # looked up with the next step
+                if j == 0:
+                    rows.key[i] = (*rows.key[i][:-1], id(now) if is_distributed(now) else now.data_ptr())
         columns = list(zip(*parts, strict=True))
         lists = [[] if column[0] is None else list(column) for column in columns]
         layout_of_list: dict[str, Any] = {
@@ -432,12 +435,7 @@ class _Rows:
     grads: list[Tensor] = field(default_factory=list)
     key: list[tuple[Any, ...]] = field(default_factory=list)
     states: list[list[Any]] = field(default_factory=list)
-    places_of_states: list[list[int | None]] = field(default_factory=list)
     shard_groups: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def is_at(self, other: _Rows) -> bool:
-        """Whether parameters and states lie in the same memory."""
-        return self.key == other.key and self.places_of_states == other.places_of_states
 
 
 @dataclass(frozen=True)

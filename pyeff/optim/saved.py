@@ -80,6 +80,13 @@ def check_state_dict(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> No
             raise ValueError(
                 f"{where} has {len(theirs['params'])} parameters, this optimizer's has {len(ours['params'])}"
             )
+        named, names = theirs.get("param_names"), ours.get("param_names")
+        if named and names and named != names and sorted(named) == sorted(names):
+            first = next(j for j, (a, b) in enumerate(zip(named, names, strict=True)) if a != b)
+            raise ValueError(
+                f"{where} has the same parameters in another order: place {first} is {named[first]!r} there and "
+                f"{names[first]!r} here; build the optimizer with its order"
+            )
         if theirs.get("code") != ours["code"]:
             raise ValueError(
                 f"{where} is in code {theirs.get('code')!r}; "

@@ -13,6 +13,7 @@ import torch
 from oracle import assert_as_accurate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyeff.ops.global_norm import global_norm
 from pyeff.ops.optimizer_step import StepPlan, decode_moment
@@ -973,3 +974,67 @@ def test_more_than_32_bits_of_elements(size: int) -> None:
     AdamW8bit([p], lr=0.5, weight_decay=0.0, master="none").step()
     assert torch.equal(p[:5000], p[-5000:])
     assert p[-1] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_memory_that_was_freed_or_never_there_is_refused_and_states_that_moved_are_followed():
+    def stepped() -> tuple[nn.Parameter, AdamW8bit]:
+        p = nn.Parameter(torch.zeros(300))
+        p.grad = torch.ones_like(p)
+        optimizer = AdamW8bit([p])
+        optimizer.step()
+        return p, optimizer
+
+    for freed in ("a parameter", "a state"):
+        p, optimizer = stepped()
+        (p if freed == "a parameter" else optimizer.state[p]["exp_avg_code"]).untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"{freed} of .* has no memory"):
+            optimizer.step()
+    with FakeTensorMode(), pytest.raises(ValueError, match="no memory"):
+        stepped()
+    # By `.data`, as states are offloaded by hand: the tensors are the same, their memory is another.
+    (p, optimizer), (q, undisturbed) = stepped(), stepped()
+    for state in optimizer.state[p].values():
+        state.data = state.data.clone()
+    for _ in range(3):
+        optimizer.step()
+        undisturbed.step()
+    for name, state in optimizer.state[p].items():
+        assert torch.equal(state, undisturbed.state[q][name])
+
+
+def test_a_gradient_whose_sign_torch_keeps_beside_it_is_read_with_it():
+    p = nn.Parameter(torch.zeros(8))
+    p.grad = torch._neg_view(torch.arange(8.0))
+    assert p.grad.is_neg()
+    assert p.grad.is_contiguous()
+    SGD8bit([p], lr=1.0).step()
+    assert torch.equal(p.detach(), torch.arange(8.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_parameter_whose_data_became_of_another_dtype_is_refused_before_anything_changes(dtype):
+    p = nn.Parameter(torch.ones(300))
+    p.grad = torch.ones_like(p)
+    optimizer = AdamW8bit([p])
+    optimizer.step()
+    p.data = p.data.to(dtype)
+    before = p.detach().clone()
+    with pytest.raises(TypeError, match=f"dense fp32 or bf16 tensors; got {dtype}"):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_states_of_the_same_parameters_in_another_order_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    named = list(model.named_parameters())
+    optimizer = AdamW8bit(named)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    other = AdamW8bit([*named[2:], *named[:2]])
+    with pytest.raises(ValueError, match=r"another order: place 0 is '0\.weight' there and '1\.weight' here"):
+        other.load_state_dict(optimizer.state_dict())
+    # Other names, such as those of a wrapped model, are of the same parameters in their order.
+    wrapped = AdamW8bit([(f"module.{name}", p) for name, p in named])
+    wrapped.load_state_dict(optimizer.state_dict())
+    assert torch.equal(wrapped.state[named[0][1]]["exp_avg_code"], optimizer.state[named[0][1]]["exp_avg_code"])
