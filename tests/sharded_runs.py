@@ -34,7 +34,7 @@ def optimizer_of(model: nn.Module, **options: Any) -> Optimizer8bit:
     """Vectors in fp32, as the documentation says; weights of both dtypes, stochastic rounding among them."""
     matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
     vectors = [(name, p) for name, p in model.named_parameters() if p.ndim == 1]
-    groups = [{"params": matrices}, {"params": vectors, "states": "fp32", "master": "ecc8", "weight_decay": 0.0}]
+    groups = [{"params": matrices}, {"params": vectors, "states": "fp32", "master": "fp32", "weight_decay": 0.0}]
     return AdamW8bit(groups, lr=1e-2, **options)
 
 
@@ -219,7 +219,8 @@ def refused(world: int, folder: Path) -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (world,))
     for shape, dim, options, match in (
         ((300,), 0, {}, "cuts its blocks of 256"),
-        ((300,), 0, {"states": "fp32"}, "states='fp32' and master='ecc8'"),
+        ((300,), 0, {"states": "fp32"}, "states='fp32' and master='fp32'"),
+        ((300,), 0, {"states": "fp32", "master": "ecc8"}, "states='fp32' and master='fp32'"),
         ((8, 512), 1, {}, "along dimension 0 only"),
     ):
         p = nn.Parameter(distribute_tensor(torch.zeros(shape, dtype=torch.bfloat16), mesh, [Shard(dim)]))

@@ -216,11 +216,11 @@ PYEFF_LANE U rounded_at_random(F x, U random) {
 }
 
 // The weight to 24 bits: the nearest bf16, and the rest in units of 2^-8 of its last place, in two's complement.
+// `random` in 0..65535; its upper half decides, as above.
 template <class F, class U>
-PYEFF_LANE void split_in_24_bits(F x, U& half, U& error) {
+PYEFF_LANE void split_in_24_bits(F x, U random, U& half, U& error) {
     const U u = bits_of(x);
-    const U rounded = (u + broadcast(0x7fu, u) + ((u >> 8) & broadcast(1u, u))) >> 8;
-    const U kept = select(x == x, rounded, broadcast(BF16_NAN << 8, u));
+    const U kept = select(x == x, (u + (random >> 8)) >> 8, broadcast(BF16_NAN << 8, u));
     half = (kept + broadcast(0x80u, u)) >> 8;
     error = kept & broadcast(0xffu, u);
 }

@@ -60,6 +60,8 @@ float largest_finite(const float* x, int64_t n) {
 }
 
 // Weights in bf16 with what stands beside them, in one block where they are rounded at random.
+constexpr bool at_random(int64_t weight) { return weight == WEIGHT_STOCHASTIC || weight == WEIGHT_ECC8; }
+
 template <int64_t WEIGHT>
 struct Halves {
     uint16_t* p;
@@ -93,7 +95,7 @@ struct Halves {
             keep_high_half(p + i, rounded_at_random(x, random_bits(count(i, u), key)));
         } else if constexpr (WEIGHT == WEIGHT_ECC8) {
             U half = u, error = u;
-            split_in_24_bits(x, half, error);
+            split_in_24_bits(x, random_bits(count(i, u), key), half, error);
             keep_half(p + i, half);
             keep_byte(errors + i, error);
         } else {
@@ -115,7 +117,7 @@ void narrow(const Run& r, const StepScalars& s, const float* from) {
         for_lanes(begin, end,
                   [&](int64_t i, auto f, auto u) PYEFF_INLINE { halves.keep_weight(i, load_like(from + i, f), u); });
     };
-    if (WEIGHT != WEIGHT_STOCHASTIC) return keep_weights(0, r.n);
+    if (!at_random(WEIGHT)) return keep_weights(0, r.n);
     for (int64_t block = 0; block < r.blocks; ++block) {
         halves.enter(block, r, s);
         keep_weights(r.starts[block], r.starts[block + 1]);

@@ -163,9 +163,9 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
         write<float>(weight == WEIGHT_MASTER ? t.master : t.p, at, p, count);
     }
     if (weight != WEIGHT_FLOAT32) {
+        const uint64_t key = random_key(s, t.first_block + block);
+        const uint32_t index = threadIdx.x * OWN & ((1u << block_bits) - 1);
         if (weight == WEIGHT_STOCHASTIC) {
-            const uint64_t key = random_key(s, t.first_block + block);
-            const uint32_t index = threadIdx.x * OWN & ((1u << block_bits) - 1);
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
                 p.halves[i] = static_cast<uint16_t>(
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
                 uint32_t half, rest;
-                split_in_24_bits(p.floats[i], half, rest);
+                split_in_24_bits(p.floats[i], random_bits(random_count(index + i, key), key), half, rest);
                 p.halves[i] = static_cast<uint16_t>(half);
                 error.bytes[i] = static_cast<uint8_t>(rest);
             }

@@ -38,7 +38,7 @@ from pyeff.optim.sharding import (
     placed,
     shard_groups,
 )
-from pyeff.reference.optimizer_step import CODE, OptimizerRule
+from pyeff.reference.optimizer_step import AT_RANDOM, CODE, OptimizerRule
 
 AnyPlan: TypeAlias = "StepPlan | OffloadedPlan"
 
@@ -53,7 +53,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     "stochastic" (default) rounds up or down at random with the right mean, by bits that depend on `seed`, the
     parameter (its name where the optimizer was given names, else its place), its step and the element alone, so that
     replicas and resumed runs agree; "ecc8" keeps the next eight bits of each weight in a byte, together a weight of 24
-    bits; "fp32" keeps a twin; "none" rounds to nearest, which loses weight decay altogether. The twin or byte belongs
+    bits, rounded by the same random bits; "fp32" keeps a twin; "none" rounds to nearest, which loses weight decay altogether. The twin or byte belongs
     to the weight: load weights before the optimizer takes its first step, or together with its state.
 
     clip_norm: scale the gradients of the group so that the norm of all gradients of the optimizer is at most this, as
@@ -184,7 +184,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 where = f"params[{i}] of group {len(self.param_groups) - 1}"
                 check_parameter(p, where)
                 if is_distributed(p):
-                    at_random = group["master"] == "stochastic" and p.dtype == torch.bfloat16
+                    at_random = group["master"] in AT_RANDOM and p.dtype == torch.bfloat16
                     in_blocks = group["states"] == "8bit"
                     check_split(p, where, block_size=group["block_size"], in_blocks=in_blocks, at_random=at_random)
         except (TypeError, ValueError):

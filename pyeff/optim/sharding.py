@@ -45,7 +45,7 @@ def check_split(p: Tensor, where: str, *, block_size: int, in_blocks: bool, at_r
     for mesh_dim in _sharded_dims(p):
         whole, part = part, -(-part // p.device_mesh.size(mesh_dim))  # type: ignore[attr-defined]
         if part < whole and part % block_size:
-            remedy = "states='fp32'" + (" and master='ecc8' or 'fp32'" if at_random else "")
+            remedy = "states='fp32'" + (" and master='fp32'" if at_random else "")
             raise ValueError(
                 f"{where}, a vector of {p.numel()} elements, is split into parts of {part}, which cuts its blocks of "
                 f"{block_size}; give vectors a group with {remedy}"

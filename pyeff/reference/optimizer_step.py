@@ -30,7 +30,8 @@ docs/optimizer_states.md.
 
 A weight in bf16 is rounded once a step, by the rule named `master`: "none" to nearest; "stochastic" up with the
 probability of what is cut off, by random bits made of (seed, key of the parameter, step, block, place in the block);
-"ecc8" to nearest with the next eight bits kept in a byte; "fp32" to nearest of an fp32 twin.
+"ecc8" by the same bits to eight more, and these kept in a byte beside the nearest bf16; "fp32" to nearest of an fp32
+twin.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ CODE = "quartic7-linear_quartic8-rows"
 
 RULES = ("adam", "lion", "sgd")
 MASTERS = ("stochastic", "ecc8", "fp32", "none")
+AT_RANDOM = ("stochastic", "ecc8")
+"""Those that round by random bits."""
 
 _ONE = 0x3F800000  # bits of 1.0
 _BINADE = 1 << 23
@@ -257,10 +260,13 @@ def round_at_random(x: Tensor, random: Tensor) -> Tensor:
     return halves.to(torch.int16).view(torch.bfloat16)
 
 
-def split_in_24_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 to the nearest bf16 and the rest, uint8 in two's complement, in units of 2^-8 of its last place."""
+def split_in_24_bits(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 to the nearest bf16 and the rest, uint8 in two's complement, in units of 2^-8 of its last place.
+
+    The sum of both is rounded up with the probability of what is cut off; `random` as in `round_at_random`.
+    """
     bits = _bits(x).long() & _WORD
-    kept = torch.where(x.isnan(), _BF16_NAN << 8, (bits + 0x7F + (bits >> 8 & 1)) >> 8)
+    kept = torch.where(x.isnan(), _BF16_NAN << 8, (bits + (random >> 8)) >> 8)
     return (kept + 0x80 >> 8).to(torch.int16).view(torch.bfloat16), (kept & 0xFF).to(torch.uint8)
 
 
@@ -342,12 +348,13 @@ def optimizer_step(
             first[i].copy_(from_blocks(m, p, row))
             if square is not None:
                 second[i].copy_(from_blocks(square, p, row))
-        if half and master == "stochastic":
+        if half and master in AT_RANDOM:
             start = first_blocks[i] if first_blocks else 0
             random = random_bits(new.shape[0], rule.block_size, s.stream, first_block=start).to(p.device)
+        if half and master == "stochastic":
             p.copy_(from_blocks(round_at_random(new, random), p, row))
         elif half and master == "ecc8":
-            halves, errors = split_in_24_bits(new)
+            halves, errors = split_in_24_bits(new, random)
             p.copy_(from_blocks(halves, p, row))
             masters[i].copy_(from_blocks(errors, p, row))
         else:

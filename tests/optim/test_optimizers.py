@@ -168,10 +168,11 @@ def test_mixed_dtypes_empty_and_strided_parameters_in_one_group() -> None:
         torch.randn(()),
     ]
     together = [nn.Parameter(x.clone()) for x in data]
-    options = {"lr": 1e-2, "master": "ecc8"}  # random bits would depend on the place in the list
-    optimizer = AdamW8bit(together, **options)
+    options = {"lr": 1e-2, "master": "ecc8"}
+    # Without names, random bits would depend on the place in the list.
+    optimizer = AdamW8bit([(str(i), p) for i, p in enumerate(together)], **options)
     alone = [nn.Parameter(x.clone()) for x in data]
-    separate = [AdamW8bit([p], **options) for p in alone]
+    separate = [AdamW8bit([(str(i), p)], **options) for i, p in enumerate(alone)]
     for _ in range(3):
         for p, q in zip(together, alone, strict=True):
             p.grad = torch.randn_like(p)
@@ -381,7 +382,7 @@ def test_bf16_training_is_as_good_as_fp32_unless_masters_are_left_out(master: st
     else:
         bound += place / 2 / moved  # what is looked at is the bf16 of the weight that is kept
     if master == "ecc8":
-        bound += place / 256 / 2 / 1e-4  # each step is rounded to the byte's place
+        bound += 6 * (300 / 4 / 4096) ** 0.5 * place / 256 / moved  # 300 roundings at random to the byte's place
     assert abs(fraction - 1) <= bound
 
 
