@@ -53,8 +53,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     "stochastic" (default) rounds up or down at random with the right mean, by bits that depend on `seed`, the
     parameter (its name where the optimizer was given names, else its place), its step and the element alone, so that
     replicas and resumed runs agree; "ecc8" keeps the next eight bits of each weight in a byte, together a weight of 24
-    bits, rounded by the same random bits; "fp32" keeps a twin; "none" rounds to nearest, which loses weight decay altogether. The twin or byte belongs
-    to the weight: load weights before the optimizer takes its first step, or together with its state.
+    bits, rounded by the same random bits; "fp32" keeps a twin; "none" rounds to nearest, which loses weight decay
+    altogether. The twin or byte belongs to the weight: load weights before the optimizer takes its first step, or
+    together with its state.
 
     clip_norm: scale the gradients of the group so that the norm of all gradients of the optimizer is at most this, as
     torch.nn.utils.clip_grad_norm_ does, without changing the gradients themselves. With clip_norm or
