@@ -44,6 +44,7 @@ def reason_of(
     value: float,
 ) -> str:
     """Say why this action was taken."""
+
     def amount(value: float) -> str:
         return format_amount(value, observation.unit)
 
