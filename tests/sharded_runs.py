@@ -5,6 +5,7 @@ Every case writes what it ended with, gathered to whole tensors, to FOLDER/CASE-
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -211,6 +212,40 @@ def released(world: int, folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def replicated(world: int, folder: Path) -> dict[str, Tensor]:
+    """Release under DDP is refused before a step, whoever finds it out, and works again when DDP is gone."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    def loss_of(model: nn.Module) -> Tensor:
+        return 10 * model(torch.tensor([dist.get_rank(), 5])).square().mean()
+
+    for clip_norm in (None, 0.5):
+        model, before = network().float(), network().float()
+        wrapped = DistributedDataParallel(model)
+        release = GradientRelease(optimizer_of(model), clip_norm=clip_norm)
+        with pytest.raises(
+            ValueError, match="belongs to a DistributedDataParallel, which reduces gradients only after"
+        ):
+            release.backward(lambda wrapped=wrapped: loss_of(wrapped))
+        for p, q in zip(model.parameters(), before.parameters(), strict=True):
+            assert p.grad is None
+            assert torch.equal(p, q)
+        del wrapped
+        release.backward(lambda model=model: loss_of(model))
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+        model = network().float()
+        wrapped = DistributedDataParallel(model)
+        gc.freeze()  # hides the module, as from a run that freezes what it has before it trains
+        release = GradientRelease(optimizer_of(model), clip_norm=clip_norm)
+        with pytest.raises(RuntimeError, match="left with a gradient after the backward"):
+            release.backward(lambda wrapped=wrapped: loss_of(wrapped))
+        gc.unfreeze()
+        if clip_norm is not None:
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    return {"done": torch.ones(())}
+
+
 def refused(world: int, folder: Path) -> dict[str, Tensor]:
     """A split that cuts a block, and one between columns, raise on every process before anything is changed."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -241,7 +276,7 @@ def refused(world: int, folder: Path) -> dict[str, Tensor]:
     return {"done": torch.ones(())}
 
 
-CASES = {case.__name__: case for case in (steps, resumed, clipped, trained, offloaded, released, refused)}
+CASES = {case.__name__: case for case in (steps, resumed, clipped, trained, offloaded, released, replicated, refused)}
 
 
 def process(rank: int, cases: list[str], world: int, folder: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,9 @@ from pyeff.optim.engine import Optimizer8bit
 from pyeff.optim.sharding import is_distributed, local, part_of_grad, shard_groups
 
 CLIPS = ("two-pass", "delayed")
+
+_open: weakref.WeakSet[GradientRelease] = weakref.WeakSet()
+"""Those whose hooks are on parameters."""
 
 
 class GradientRelease:
@@ -36,8 +41,13 @@ class GradientRelease:
 
     Each call of `backward` is one optimizer step. Gradients cannot be accumulated over several: a step is not linear
     in the gradient, so it needs the sum of all micro-batches, and between two of them the sums of *all* parameters
-    would have to be kept, which is the memory that is to be saved. Raises ValueError for options that do not go
-    together and for parameters that have a gradient already, when it is made and in every `backward`.
+    would have to be kept, which is the memory that is to be saved. From its making to `close`, `loss.backward()` and
+    an `optimizer.step()` that finds no gradient raise RuntimeError: neither would train. A newer release of the same
+    parameters closes this one.
+
+    Raises ValueError for options that do not go together, for parameters that have a gradient already, when it is made
+    and in every `backward`, and in the first `backward` for parameters of a DistributedDataParallel: it reduces
+    gradients after they would have been used, and keeps buckets as large as all of them, so nothing would be saved.
 
     Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources (LOMO, 2023).
 
@@ -72,12 +82,18 @@ class GradientRelease:
         self._measures = self._steps = False
         self._clip_by: Tensor | None = None
         self._counted: set[int] = set()
+        self._first = True
+        for other in list(_open):
+            if not self._parameters().keys().isdisjoint(other._parameters()):
+                other.close()
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._hook(index, place))
             for index, group in enumerate(optimizer.param_groups)
             for place, p in enumerate(group["params"])
             if p.requires_grad
         ]
+        self._hooks.append(optimizer.register_step_pre_hook(self._refuse_empty_step))
+        _open.add(self)
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -92,18 +108,23 @@ class GradientRelease:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        _open.discard(self)
 
     def backward(self, loss: Callable[[], Tensor]) -> Tensor:
         """Compute a loss, run its backward and take a step; returns the loss without its graph.
 
         With two-pass clipping `loss` is called twice and must give the same both times: the states of torch's random
-        generators are put back between the calls. Nothing waits for the device.
+        generators are put back between the calls. Nothing waits for the device. Raises RuntimeError if a parameter is
+        left with a gradient, as those are that were frozen or not in the optimizer when this was made.
         """
         if not self._hooks:
             raise ValueError("this GradientRelease was closed; make a new one")
         if not callable(loss):
             raise TypeError(f"loss must be a function that computes one loss, of the whole batch; got {loss!r}")
         self._check_no_gradients()
+        if self._first:
+            self._check_no_replicas()
+            self._first = False
         two_passes = self.clip_norm is not None and self.clip == "two-pass"
         delayed = self.clip_norm is not None and self.clip == "delayed"
         self._clip_by = None
@@ -120,15 +141,53 @@ class GradientRelease:
             self.norm = self._total()
         return value.detach()
 
+    def _parameters(self) -> dict[int, Tensor]:
+        return {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+
     def _check_no_gradients(self) -> None:
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} has a gradient already, and gradients cannot be "
-                        "accumulated while they are released; zero_grad() first, or take the micro-batches' steps "
-                        "without GradientRelease"
-                    )
+        for p in self._parameters().values():
+            if p.grad is not None:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} has a gradient already, and gradients cannot be "
+                    "accumulated while they are released; zero_grad() first, or take the micro-batches' steps "
+                    "without GradientRelease"
+                )
+
+    def _check_no_replicas(self) -> None:
+        """Parameters do not know that a reducer's hooks are on them, so look for the modules that put them there."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        if self._replica() is None:
+            return
+        gc.collect()  # one that nobody holds any more takes its hooks along
+        shape = self._replica()
+        if shape is not None:
+            raise ValueError(
+                f"a parameter of shape {shape} belongs to a DistributedDataParallel, which reduces gradients only "
+                "after GradientRelease has used them, so that replicas diverge; split the model with "
+                "fully_shard (FSDP2), or step after the backward, without GradientRelease"
+            )
+
+    def _replica(self) -> tuple[int, ...] | None:
+        """The shape of a parameter that a DistributedDataParallel reduces, if there is one."""
+        mine = self._parameters()
+        for found in gc.get_objects():
+            # Not isinstance, which asks proxies for their __class__ and may wake them.
+            if issubclass(type(found), torch.nn.parallel.DistributedDataParallel):
+                if not hasattr(found, "module"):
+                    continue  # its making failed
+                for name, p in found.module.named_parameters():
+                    if id(p) in mine and name not in found.parameters_to_ignore:
+                        return tuple(p.shape)
+        return None
+
+    def _refuse_empty_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # With gradients somebody has set it is a step like any other; torch's checkpoints make states in this way.
+        if all(p.grad is None for p in self._parameters().values()):
+            raise RuntimeError(
+                "optimizer.step() finds no gradients while a GradientRelease is active, whose backward(lambda: loss) "
+                "takes the steps; leave step() out, or close() the GradientRelease"
+            )
 
     def _pass(self, value: Tensor, *, measures: bool, steps: bool) -> None:
         self._squares, self._counted = {}, set()
@@ -137,6 +196,13 @@ class GradientRelease:
             value.backward()
         finally:
             self._measures = self._steps = False
+        for p in self._parameters().values():
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} is left with a gradient after the backward: it was frozen "
+                    "or not in the optimizer when this GradientRelease was made (make a new one), or something writes "
+                    "gradients after they were used, as DistributedDataParallel does (step without GradientRelease)"
+                )
 
     def _total(self) -> Tensor:
         squares = []
@@ -152,7 +218,12 @@ class GradientRelease:
     def _hook(self, index: int, place: int) -> Callable[[Tensor], None]:
         def use(p: Tensor) -> None:
             if not (self._measures or self._steps):
-                return  # someone else's backward
+                p.grad = None  # there was none before, and none is to refuse the call that replaces this one
+                raise RuntimeError(
+                    f"a backward outside of an active GradientRelease reached a parameter of shape {tuple(p.shape)} "
+                    "that it steps; call release.backward(lambda: loss) instead of loss.backward(), or close() it "
+                    "for a plain backward"
+                )
             assert p.grad is not None
             if self._measures:
                 part, parts = part_of_grad(p.grad.detach(), p), (p.device, shard_groups(p))

@@ -108,7 +108,8 @@ def test_gradients_are_not_accumulated(clip_norm: float | None) -> None:
     model = network()
     before = copy.deepcopy(model)
     with GradientRelease(AdamW8bit(model.parameters()), clip_norm=clip_norm) as release:
-        loss_of(model, 0).backward()
+        for p, g in zip(model.parameters(), torch.autograd.grad(loss_of(model, 0), model.parameters()), strict=True):
+            p.grad = g
         gradients = [p.grad.clone() for p in model.parameters()]
         with pytest.raises(ValueError, match="gradients cannot be accumulated"):
             release.backward(lambda: loss_of(model, 1))
@@ -124,3 +125,63 @@ def test_gradients_that_are_already_there_are_refused() -> None:
     p.grad = torch.ones(3)
     with pytest.raises(ValueError, match="has a gradient already"):
         GradientRelease(AdamW8bit([p]))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_plain_backward_or_empty_step_raises_the_cure_and_leaves_everything_as_it_was(
+    clip_norm: float | None,
+) -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    optimizer = AdamW8bit(model.parameters(), lr=1e-2)
+    with GradientRelease(optimizer, clip_norm=clip_norm) as release:
+        with pytest.raises(RuntimeError, match=r"call release\.backward\(lambda: loss\) instead of loss\.backward\(\)"):
+            loss_of(model, 0).backward()
+        with pytest.raises(RuntimeError, match=r"leave step\(\) out, or close\(\)"):
+            optimizer.step()
+        for p, q in zip(model.parameters(), before.parameters(), strict=True):
+            assert p.grad is None
+            assert torch.equal(p, q)
+        release.backward(lambda: loss_of(model, 0))
+        with pytest.raises(RuntimeError, match=r"leave step\(\) out, or close\(\)"):
+            optimizer.step()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 2 for p in model.parameters())
+
+
+def test_states_can_be_made_by_a_step_on_gradients_that_were_set() -> None:
+    """torch.distributed.checkpoint does so before it loads them."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = network()
+    optimizer = AdamW8bit(model.parameters(), lr=1e-2)
+    with GradientRelease(optimizer) as release:
+        saved = get_optimizer_state_dict(model, optimizer)["state"]
+        assert saved.keys() == dict(model.named_parameters()).keys()
+        release.backward(lambda: loss_of(model, 0))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_newer_release_of_the_same_parameters_closes_the_older(same: bool) -> None:
+    """A cell of a notebook that is run again has lost the older one."""
+    model = network()
+    older = AdamW8bit(model.parameters(), lr=1e-2)
+    newer = older if same else AdamW8bit(model.parameters(), lr=1e-2)
+    first, second = GradientRelease(older), GradientRelease(newer)
+    second.backward(lambda: loss_of(model, 0))
+    assert all(newer.state[p]["step"] == 1 for p in model.parameters())
+    with pytest.raises(ValueError, match="was closed"):
+        first.backward(lambda: loss_of(model, 0))
+    second.close()
+    loss_of(model, 0).backward()
+
+
+def test_a_parameter_that_was_frozen_before_is_not_left_out_silently() -> None:
+    model = network()
+    model[3].requires_grad_(False)
+    with GradientRelease(AdamW8bit(model.parameters())) as release:
+        release.backward(lambda: loss_of(model, 0))
+        model[3].requires_grad_(True)
+        with pytest.raises(RuntimeError, match="frozen or not in the optimizer when this GradientRelease was made"):
+            release.backward(lambda: loss_of(model, 0))

@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases at all numbers of processes, each number in one start of them."""
     folder = tmp_path_factory.mktemp("runs")
     for world in WORLDS:
-        run("steps,clipped,trained,offloaded,released" + (",refused" if world == 2 else ""), world, folder)
+        run("steps,clipped,trained,offloaded,released" + (",replicated,refused" if world == 2 else ""), world, folder)
     for world in WORLDS:
         run("resumed", world, folder)
     return folder
@@ -126,3 +126,7 @@ def test_steps_inside_fsdps_backward_are_those_after_it(world: int, runs: Path) 
 
 def test_splits_that_cut_blocks_are_refused_by_every_process(runs: Path) -> None:
     assert load_file(runs / "refused-2.safetensors")["done"] == 1
+
+
+def test_release_of_replicas_is_refused_by_every_process(runs: Path) -> None:
+    assert load_file(runs / "replicated-2.safetensors")["done"] == 1
