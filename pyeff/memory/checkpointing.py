@@ -226,7 +226,13 @@ class _CheckpointedForward:
         own = {name: value for name, value in kwargs.items() if name not in names}
         given = [kwargs[name] for name in names]
 
+        weights: list[tuple[str, Tensor, int]] = []
+
         def run(*values: Any) -> Any:
+            if weights:
+                self.refuse_other_weights(weights)
+            else:
+                weights.extend(_versions(self.layer))
             return self.forward(*values[len(names) :], **dict(zip(names, values, strict=False)), **own)
 
         values = (*given, *args)
@@ -242,11 +248,27 @@ class _CheckpointedForward:
             kept.save()
         return result
 
+    def refuse_other_weights(self, before: list[tuple[str, Tensor, int]]) -> None:
+        """What autograd says of weights that it saved, and cannot of those that are read again."""
+        now = {name: (weight, version) for name, weight, version in _versions(self.layer)}
+        for name, weight, version in before:
+            found, found_version = now.get(name, (None, 0))
+            if found is not weight or found_version != version:
+                raise RuntimeError(
+                    f"layer {self.name!r} runs again in the backward pass, and its {name} is no longer what it was in "
+                    "the forward pass: change weights after the backward pass, and remove() the checkpoints where "
+                    "torch.func.functional_call puts others in their place"
+                )
+
     def _storing(self, inputs: list[Tensor]) -> AbstractContextManager[Any]:
         if self.compression is None and self.offload is None:
             return contextlib.nullcontext()
         storing = Storing(inputs, self.compression, self.offload)
         return torch.autograd.graph.saved_tensors_hooks(storing.pack, storing.unpack)
+
+
+def _versions(layer: nn.Module) -> list[tuple[str, Tensor, int]]:
+    return [(name, p, p._version) for name, p in layer.named_parameters() if not p.is_inference()]
 
 
 class _KeptAttention:

@@ -333,6 +333,23 @@ def test_evaluation_without_gradients_is_as_without():
             assert torch.equal(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("keep", ["attention", "nothing"])
+def test_weights_that_changed_before_the_backward_pass_are_refused_as_autograd_refuses_them(keep, x):
+    model = Stack()
+    weight = model.layers[1].get_parameter(next(name for name, _ in model.layers[1].named_parameters()))
+    others = {name: p.detach().mul(0.5).requires_grad_() for name, p in model.named_parameters()}
+    with pyeff.checkpoint(model, layers=["layers"], keep=keep):
+        loss = model(x)
+        with torch.no_grad():
+            weight.mul_(2.0)
+        with pytest.raises(RuntimeError, match=r"layer 'layers\.1' runs again .* no longer what it was"):
+            loss.backward()
+        # Its weights are in place in the forward pass alone.
+        loss = torch.func.functional_call(model, others, (x,))
+        with pytest.raises(RuntimeError, match=r"remove\(\) the checkpoints where torch\.func\.functional_call"):
+            torch.autograd.grad(loss, list(others.values()))
+
+
 def test_caches_are_dropped_and_full_ones_refused():
     model, batch = model_of("gpt2"), batch_of()
     expected = gradients(with_our_attention(model), batch)
