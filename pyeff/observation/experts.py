@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldExperts, HeldSamples
 from pyeff.observation.features import Noted
-from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, measured, no_autocast
+from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, measured, no_autocast, observed_once
 from pyeff.observation.recording import Use
 from pyeff.observation.rows import Rows
 
@@ -61,7 +60,7 @@ class ObservedExperts(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         pairs: Rows = ctx.pairs

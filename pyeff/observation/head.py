@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyeff.observation.deferral import HeldCall, Kept
 from pyeff.observation.features import Features, Noted
-from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, measured
+from pyeff.observation.layers import PARAMETER_INPUTS, cast_for_autocast, measured, observed_once
 from pyeff.observation.recording import Use
 from pyeff.ops import ParameterSketch, VectorGrad, vector_grad
 from pyeff.ops.linear_cross_entropy import forward_of_head
@@ -47,7 +46,7 @@ class ObservedHead(torch.autograd.Function):
         return forward_of_head(ctx, rows, cast_for_autocast(w, hidden), b, targets.reshape(-1), softcap, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @observed_once
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         rows, w, b, targets, nll, lse = saved = ctx.saved_tensors
         uses = [use for use in (ctx.w_use, ctx.b_use) if use is not None and use.open]

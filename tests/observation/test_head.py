@@ -194,3 +194,18 @@ def test_shifting_hidden_states_keeps_the_samples() -> None:
     with pyeff.observe(model) as shifted:
         (model.loss(model(**inputs)[:, :-1], batch["labels"][:, 1:]) / 16).backward()
     torch.testing.assert_close(shifted.grad_norms, padded.grad_norms)
+
+
+def test_second_derivatives_of_an_observed_head_are_refused_and_never_left_out() -> None:
+    class Head(nn.Linear):
+        def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+            return pyeff.linear_cross_entropy(hidden, self.weight, targets)
+
+    model = Head(8, 20, bias=False)
+    hidden, targets = torch.randn(3, 5, 8), torch.randint(20, (3, 5))
+    with pyeff.observe(model):
+        # Another path, by which a derivative would come out even without the head's part.
+        loss = model(hidden, targets) + model.weight.sin().sum()
+        (grad,) = torch.autograd.grad(loss, model.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivatives"):
+            torch.autograd.grad(grad.square().sum(), model.weight)
