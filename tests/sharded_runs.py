@@ -230,6 +230,7 @@ def replicated(world: int, folder: Path) -> dict[str, Tensor]:
         for p, q in zip(model.parameters(), before.parameters(), strict=True):
             assert p.grad is None
             assert torch.equal(p, q)
+        wrapped.cycle = [wrapped]  # only a collection finds it
         del wrapped
         release.backward(lambda model=model: loss_of(model))
         assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
