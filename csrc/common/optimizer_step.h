@@ -133,7 +133,9 @@ PYEFF_LANE float first_scale(float largest, const StepScalars& s) {
     return max_of(largest * s.first_out * INVERSE_LARGEST_CODED, SMALLEST_SCALE);
 }
 PYEFF_LANE float first_divisor(float scale, const StepScalars& s) { return divide(s.first_out, scale); }
-PYEFF_LANE float root_factor(float scale, const StepScalars& s) { return scale * s.second_in * (1.0f / 256.0f); }
+PYEFF_LANE float root_factor(float scale, const StepScalars& s) {
+    return scale * s.second_in * (-1.0f / 4194304.0f);  // decode_root's cubes are 2^22 times too large, and below zero
+}
 PYEFF_LANE float root_scale(float largest, const StepScalars& s) { return largest * s.second_out; }
 PYEFF_LANE float root_divisor(float scale, const StepScalars& s) {
     return divide(s.second_out, max_of(scale, SMALLEST_SCALE));
@@ -167,19 +169,24 @@ PYEFF_LANE U encode_signed(F relative, U like) {
     return bits_of(t + broadcast(98304.0f, relative));
 }
 
-// sqrt(v): t = (code + 1) / 256 in the top binade, four binades for each halving of t below it; never zero.
+// sqrt(v): B(sqrt(v) / scale) = 3 B((code + 1) / 256) - 2 B(1); never zero.
 template <class U, class F>
 PYEFF_LANE F decode_root(U code, F factor) {
-    // Positive floats are in the order of their bits, and integers are compared by more units of a processor.
+    // The exponent of code + 1 lies between 127 and 135. Three times that sets the sign and leaves 125 to 149, which is
+    // -2^22 times the cube of (code + 1) / 256: a constant for `factor` to undo. Additions have more units of a
+    // processor than shifts and products.
     const U t = bits_of(float_of_uint(code + broadcast(1u, code)));
-    return float_of_bits(min_of(t, (t << 2) - broadcast(3u * BITS_OF_ONE + 21u * BINADE, code))) * factor;
+    return float_of_bits(t + t + t) * factor;
 }
 
 // relative = sqrt(v) / scale, in [0, 1]. Only the low eight bits of the result count.
 template <class U, class F>
 PYEFF_LANE U encode_root(F relative, U like) {
-    const U bits = bits_of(relative), quarter = (bits + broadcast(3u * BITS_OF_ONE - 3u * BINADE, like)) >> 2;
-    const U t = max_of(max_of(bits, quarter), broadcast(BITS_OF_ONE - 8u * BINADE, like));
+    // A third of the bits, taken in floats. Adding 2^31 leaves it in the lowest bits, in units of 2^8, two thirds of
+    // B(1) with it; a code is 2^16 wide.
+    const F third = float_of_uint(bits_of(relative)) * broadcast(1.0f / 3.0f, relative);
+    const U bits = bits_of(third + broadcast(2147483648.0f + 0x2a555500, relative)) << 8;
+    const U t = max_of(bits, broadcast(BITS_OF_ONE - 8u * BINADE, like));
     // Rounds t to nearest even 1/256 and takes one off.
     return bits_of(float_of_bits(t) + broadcast(32768.0f - 1.0f / 256.0f, relative));
 }

@@ -143,7 +143,7 @@ def decode_moment(code: Tensor, scale: Tensor, block_size: int) -> Tensor:
 def decode_square(code: Tensor, scale: Tensor, block_size: int) -> Tensor:
     """The second moment v of these codes, fp32 of their shape."""
     row = row_length(code.shape)
-    root = decode_root(to_blocks(code, block_size, row), scale.flatten() / 256)
+    root = decode_root(to_blocks(code, block_size, row), scale.flatten())
     return from_blocks(root * root, code, row)
 
 

@@ -21,12 +21,12 @@ Both codes are made of the bits of a float, read as an integer: B(x) is a piecew
 
 - m is k in -127..127, in two's complement: B(|m| / scale) = 4 B(|k| / 128) - 3 B(1), and k = 0 is zero. That is k^4
   with straight lines between powers of two, and reaches 28 binades down.
-- sqrt(v) is k in 0..255: with t = (k + 1) / 256, sqrt(v) / scale is t in the top binade and falls four binades for
-  each halving of t below it, 29 in all. No code is zero: a positive v never decodes to zero, so a step cannot become
-  m / eps by rounding. A block whose v is all zero has scale 0.
+- sqrt(v) is k in 0..255: B(sqrt(v) / scale) = 3 B((k + 1) / 256) - 2 B(1), the cube in the same sense, 24 binades. No
+  code is zero: a positive v never decodes to zero, so a step cannot become m / eps by rounding. A block whose v is all
+  zero has scale 0.
 
-Encoding halves and quarters bits too, so neither direction needs a table, a root or a logarithm. Why these codes:
-docs/optimizer_states.md.
+Encoding takes a quarter and a third of the bits, so neither direction needs a table, a root or a logarithm. Why these
+codes: docs/optimizer_states.md.
 
 A weight in bf16 is rounded once a step, by the rule named `master`: "none" to nearest; "stochastic" up with the
 probability of what is cut off, by random bits made of (seed, key of the parameter, step, block, place in the block);
@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CODE = "quartic7-linear_quartic8-rows"
+CODE = "quartic7-cube8-rows"
 """Names both codes and the layout of their blocks; states in another code are not readable."""
 
 RULES = ("adam", "lion", "sgd")
@@ -54,6 +54,7 @@ AT_RANDOM = ("stochastic", "ecc8")
 
 _ONE = 0x3F800000  # bits of 1.0
 _BINADE = 1 << 23
+_TWO_THIRDS = 0x2A555500  # of the bits of 1.0
 _LARGEST_CODED = 31 / 32  # what k = 127 stands for, relative to the scale
 _SMALLEST_SCALE = 2.0**-126  # below it 1 / scale overflows
 _WORD, _LONG = (1 << 32) - 1, (1 << 64) - 1
@@ -223,10 +224,10 @@ def encode_signed(m: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def decode_root(code: Tensor, factor: Tensor) -> Tensor:
-    """256 sqrt(v) fp32 [blocks, block_size] of codes of that shape, times a factor [blocks] with the scale in it."""
-    t = code.float() + 1.0
-    quartic = _from_bits(4 * _bits(t).long() - (3 * _ONE + 21 * _BINADE))
-    return torch.minimum(t, quartic) * factor[:, None]
+    """sqrt(v) fp32 [blocks, block_size] of codes of that shape, times a factor [blocks] in which the scale is one."""
+    cube = _from_bits(3 * _bits(code.float() + 1.0).long() - 2 * _ONE - 2 * _BINADE)
+    # The kernels leave 2^22 on this side of the product, too.
+    return cube * (factor / (1 << 22))[:, None]
 
 
 def encode_root(root: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -234,8 +235,9 @@ def encode_root(root: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
     scale = _largest_finite(root) * out
     relative = root * (torch.full_like(scale, out) / scale.clamp_min(_SMALLEST_SCALE))[:, None]
     relative = torch.where(relative.isnan(), 1.0, relative.clamp_max(1.0))
-    quarter = _from_bits((_bits(relative).long() + (3 * _ONE - 3 * _BINADE)) >> 2)
-    t = torch.maximum(relative, quarter).clamp_min(1 / 256)
+    # A third of the bits in fp32, rounded to units of 2^8 as where 2^31 is added; 2/3 B(1) so that 1 becomes 1.
+    third = _bits(relative).float() * _float32(1 / 3) + _float32(2.0**31 + _TWO_THIRDS)
+    t = _from_bits(third.long() - (1 << 31)).clamp_min(1 / 256)
     return (t * 256 - 1).round().to(torch.uint8), scale
 
 
@@ -331,7 +333,7 @@ def optimizer_step(
             m = decode_signed(to_blocks(first[i], rule.block_size, row), factor)
             root = None
             if second:
-                factor = second_scale[i].flatten() * s.second_in * (1 / 256)
+                factor = second_scale[i].flatten() * s.second_in
                 root = decode_root(to_blocks(second[i], rule.block_size, row), factor)
             new, m, root = update(rule, s, old, gradient, m, root)
             code, scale = encode_signed(m.where(inside, 0.0), s.first_out)
