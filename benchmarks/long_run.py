@@ -53,7 +53,7 @@ class Arm:
     label: str
     build: Callable[..., torch.optim.Optimizer]
     weights: torch.dtype = torch.float32
-    library: str = "torch"
+    package: str = "torch"
 
 
 def ours(**options: Any) -> Callable[..., torch.optim.Optimizer]:
@@ -88,10 +88,10 @@ ARMS = [
     Arm("pyeff-bf16-none", "pyeff AdamW8bit, none", ours(master="none"), BF16),
     Arm("torch-no-decay", "torch AdamW, no weight decay", without_decay),
     Arm("torch-bf16", "torch AdamW (bf16 states)", torch.optim.AdamW, BF16),
-    Arm("bitsandbytes-fp32", "bitsandbytes AdamW8bit", bitsandbytes, library="bitsandbytes"),
-    Arm("bitsandbytes-bf16", "bitsandbytes AdamW8bit", bitsandbytes, BF16, library="bitsandbytes"),
-    Arm("torchao-fp32", "torchao AdamW8bit", torchao, library="torchao"),
-    Arm("torchao-bf16", "torchao AdamW8bit, stochastic", torchao, BF16, library="torchao"),
+    Arm("bitsandbytes-fp32", "bitsandbytes AdamW8bit", bitsandbytes, package="bitsandbytes"),
+    Arm("bitsandbytes-bf16", "bitsandbytes AdamW8bit", bitsandbytes, BF16, package="bitsandbytes"),
+    Arm("torchao-fp32", "torchao AdamW8bit", torchao, package="torchao"),
+    Arm("torchao-bf16", "torchao AdamW8bit, stochastic", torchao, BF16, package="torchao"),
 ]
 
 
@@ -268,8 +268,8 @@ def run_missing(arms: list[Arm], seeds: list[int], results: Path, checkpoints: P
         for arm in arms:
             name = f"{arm.name}-{seed}"
             result, checkpoint = results / f"{name}.json", checkpoints / f"{name}.safetensors"
-            if importlib.util.find_spec(arm.library) is None:
-                print(f"{name}: {arm.library} is not installed", flush=True)
+            if importlib.util.find_spec(arm.package) is None:
+                print(f"{name}: {arm.package} is not installed", flush=True)
                 continue
             with claimed(checkpoints / f"{name}.lock") as mine:
                 if not mine or result.exists():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyeff.errors import UserError
 from pyeff.scoring.classification import Classification
 from pyeff.scoring.feature_store import FeatureStore
 from pyeff.scoring.features import Features
@@ -156,12 +157,18 @@ class BatchMethod(Method):
         """Raise `UserError` for a language model that this method cannot use; called once, before any score."""
 
     def classify(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-        """What is read of a batch of a classifier, [B] or [B, D]; ``targets`` [B] are class numbers on its device."""
-        raise NotImplementedError(f"{self.name} does not read classifiers")
+        """What is read of a batch of a classifier, [B] or [B, D]; ``targets`` [B] are class numbers on its device.
+
+        A method of language models alone leaves it as it is.
+        """
+        raise UserError(f"{self.name} reads language models, and this data set is a classifier's")
 
     def read(self, model: nn.Module, batch: PackedBatch, where: LabelPositions) -> Tensor:
-        """What is read of a packed batch of a language model, [S] or [S, D], answers at ``where``; NaN if undefined."""
-        raise NotImplementedError(f"{self.name} does not score language models")
+        """What is read of a packed batch of a language model, [S] or [S, D], answers at ``where``; NaN if undefined.
+
+        A method of classifiers alone leaves it as it is.
+        """
+        raise UserError(f"{self.name} reads classifiers, and this data set is a language model's")
 
     def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:
         """FLOPs of `read` by formula, for a dense model trained in full; None to have every batch counted by torch."""

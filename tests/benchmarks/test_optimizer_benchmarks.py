@@ -14,7 +14,7 @@ from long_run_report import BEGIN, END, report
 from optimizer_state_gradients import Sample, gradients_of
 
 TINY = Settings(steps=12, batch=2, context=8, width=16, layers=1, warmup=3, evaluate_every=6, windows=4)
-MINE = [arm for arm in ARMS if arm.library == "torch"]
+MINE = [arm for arm in ARMS if arm.package == "torch"]
 
 
 def text() -> Text:

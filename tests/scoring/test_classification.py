@@ -389,3 +389,16 @@ def test_grand_scores_a_model_with_batch_normalisation_by_its_running_statistics
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
         # Norms are handed out in float32.
         assert abs(found[i] - norm) <= torch.finfo(torch.float32).eps * norm
+
+
+def test_a_method_of_classifiers_alone_says_so_of_a_language_model_and_the_other_way_round():
+    from pyeff.errors import UserError
+    from pyeff.scoring.method import BatchMethod
+
+    class Neither(BatchMethod):
+        name = "neither"
+
+    with pytest.raises(UserError, match="neither reads language models, and this data set is a classifier's"):
+        Neither().classify(torch.nn.Linear(1, 1), torch.zeros(1, 1), torch.zeros(1))
+    with pytest.raises(UserError, match="neither reads classifiers, and this data set is a language model's"):
+        Neither().read(torch.nn.Linear(1, 1), None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def test_without_a_step_nothing_has_drifted(config, tmp_path: Path):
     job = Job(config(), tmp_path)
     reading = active(job).look()
     assert reading is not None
-    assert reading.value == pytest.approx(1.0, abs=1e-5)
+    # The same gradients twice: what is left is the rounding of three cosines and a root.
+    assert reading.value == pytest.approx(1.0, rel=8 * sys.float_info.epsilon)
     assert not reading.alarm
 
 
