@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyeff import reference as _reference
 from pyeff.observation.rows import Rows
+from pyeff.ops._optimizer_states import decode_moment, decode_square
 from pyeff.ops.factored_sketch import FactoredSketch
-from pyeff.ops.optimizer_step import decode_moment, decode_square
 from pyeff.ops.sketch_grads import AdamWDirection, ParameterSketch, Sketch, matrix_shape
 
 Variant = Literal["adamw", "adamw-frozen"]

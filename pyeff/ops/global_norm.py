@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyeff._extension import extension
 from pyeff.ops._dispatch import Operation
-from pyeff.ops.optimizer_step import DTYPES, FIELDS, check_parameter
+from pyeff.ops._optimizer_plan import FIELDS
+from pyeff.ops._optimizer_states import DTYPES, check_parameter
 from pyeff.reference.optimizer_step import global_norm as reference_norm
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import encode_moment, encode_square, master_of, scale_shape
+from pyeff.ops._optimizer_states import encode_moment, encode_square, master_of, scale_shape
 from pyeff.optim.sharding import as_part, local, part_of
 from pyeff.reference.optimizer_step import from_blocks, to_blocks
 

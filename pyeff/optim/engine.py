@@ -13,18 +13,10 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from pyeff.ops._optimizer_plan import StepPlan
+from pyeff.ops._optimizer_states import DTYPES, OptimizerStates, check_layout, check_parameter, fits, state_shapes
 from pyeff.ops.global_norm import global_norm
-from pyeff.ops.optimizer_step import (
-    DTYPES,
-    OPERATION,
-    OptimizerStates,
-    StepPlan,
-    check_layout,
-    check_parameter,
-    check_rule,
-    fits,
-    state_shapes,
-)
+from pyeff.ops.optimizer_step import OPERATION, check_rule
 from pyeff.optim.host_states import HostStates
 from pyeff.optim.offload import OffloadedPlan
 from pyeff.optim.pieces import OFFLOADED

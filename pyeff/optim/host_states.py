@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import state_shapes
+from pyeff.ops._optimizer_states import state_shapes
 from pyeff.optim import offload
 from pyeff.optim.offload import Offload
 from pyeff.optim.pieces import OFFLOADED

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import StepPlan
+from pyeff.ops._optimizer_plan import StepPlan
 from pyeff.optim.pieces import OFFLOADED, Piece, Span, aligned, blocks_before, filled, laid_out, pieces_of
 from pyeff.reference.optimizer_step import OptimizerRule
 

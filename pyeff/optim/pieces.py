@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import scale_shape
+from pyeff.ops._optimizer_states import scale_shape
 
 # Of `OptimizerStates.lists`, what is large; counts of steps and powers of beta stay where the kernels write them.
 OFFLOADED = 5

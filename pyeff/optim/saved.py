@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import state_shapes
+from pyeff.ops._optimizer_states import state_shapes
 from pyeff.optim.convert import converted
 from pyeff.optim.pieces import OFFLOADED
 from pyeff.optim.sharding import is_distributed, is_split, part_of, placed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyeff.ops.optimizer_step import scale_shape
+from pyeff.ops._optimizer_states import scale_shape
 
 
 def is_distributed(x: Tensor) -> bool:

@@ -24,7 +24,8 @@ from torch import Tensor
 import pyeff
 from pyeff._extension import extension
 from pyeff.ops import OPERATIONS, OptimizerRule, OptimizerStates, global_norm, optimizer_step
-from pyeff.ops.optimizer_step import BLOCK_SIZES, FIELDS, STATES
+from pyeff.ops._optimizer_plan import FIELDS
+from pyeff.ops._optimizer_states import BLOCK_SIZES, STATES
 from pyeff.reference.optimizer_step import (
     MASTERS,
     RULES,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyeff.ops.optimizer_step import FIELDS, OptimizerStates, StepPlan, scale_shape
+from pyeff.ops._optimizer_plan import FIELDS, StepPlan
+from pyeff.ops._optimizer_states import OptimizerStates, scale_shape
 from pyeff.optim import Adam8bit, AdamW8bit, GradientRelease, Lion8bit, SGD8bit, engine
 from pyeff.reference.optimizer_step import OptimizerRule
 
@@ -55,7 +56,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeExtension:
     fake = FakeExtension()
     cuda = SimpleNamespace(impl="cuda")
     # The packages' attributes of these names are the functions.
-    steps, norms = (importlib.import_module(f"pyeff.ops.{name}") for name in ("optimizer_step", "global_norm"))
+    steps, norms = (importlib.import_module(f"pyeff.ops.{name}") for name in ("_optimizer_plan", "global_norm"))
     for module in (steps, norms):
         monkeypatch.setattr(module, "extension", lambda: fake)
     monkeypatch.setattr(engine, "OPERATION", SimpleNamespace(on_device=lambda device: cuda))

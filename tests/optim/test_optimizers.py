@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pyeff.ops._optimizer_plan import StepPlan
+from pyeff.ops._optimizer_states import decode_moment
 from pyeff.ops.global_norm import global_norm
-from pyeff.ops.optimizer_step import StepPlan, decode_moment
 from pyeff.optim import Adam8bit, AdamW8bit, Lion8bit, Optimizer8bit, SGD8bit
 from pyeff.reference.optimizer_step import CODE, MASTERS
 from pyeff.train.checkpoint import join_tensors, split_tensors

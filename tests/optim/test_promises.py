@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyeff.ops.optimizer_step import decode_moment, decode_square
+from pyeff.ops._optimizer_states import decode_moment, decode_square
 from pyeff.optim import Adam8bit, AdamW8bit, SGD8bit
 
 
