@@ -145,6 +145,11 @@ PYEFF_LANE float root_divisor(float scale, const StepScalars& s) {
 PYEFF_LANE uint64_t random_key(const StepScalars& s, int64_t block) {
     return mixed(s.stream + GOLDEN * static_cast<uint64_t>(block));
 }
+// What is added to the roots of a block before they are rounded to 1/256: between half of that to both sides, so that
+// they are rounded up or down at random. The last step to either side is kept free, for the rounding of 1 plus it.
+PYEFF_LANE float root_offset(uint64_t key) {
+    return static_cast<float>(2 * static_cast<int32_t>(key >> 52) - 4095) * (1.0f / 2097152.0f);
+}
 
 // ------------------------------------------------------------------------------------------------ the codes
 
@@ -179,19 +184,25 @@ PYEFF_LANE F decode_root(U code, F factor) {
     return float_of_bits(t + t + t) * factor;
 }
 
-// relative = sqrt(v) / scale, in [0, 1]. Only the low eight bits of the result count.
+// relative = sqrt(v) / scale, in [0, 1]; `offset` is the block's. Only the low eight bits of the result count.
 template <class U, class F>
-PYEFF_LANE U encode_root(F relative, U like) {
+PYEFF_LANE U encode_root(F relative, float offset, U /*like*/) {
     // A third of the bits, taken in floats. Adding 2^31 leaves it in the lowest bits, in units of 2^8, two thirds of
     // B(1) with it; a code is 2^16 wide.
     const F third = float_of_uint(bits_of(relative)) * broadcast(1.0f / 3.0f, relative);
     const U bits = bits_of(third + broadcast(2147483648.0f + 0x2a555500, relative)) << 8;
-    const U t = max_of(bits, broadcast(BITS_OF_ONE - 8u * BINADE, like));
+    const F t = max_of(float_of_bits(bits) + broadcast(offset, relative), broadcast(1.0f / 256.0f, relative));
     // Rounds t to nearest even 1/256 and takes one off.
-    return bits_of(float_of_bits(t) + broadcast(32768.0f - 1.0f / 256.0f, relative));
+    return bits_of(t + broadcast(32768.0f - 1.0f / 256.0f, relative));
 }
 
-// For blocks that hold NaN or Inf: those saturate their codes, NaN as if it were positive.
+// For blocks that hold NaN or Inf: those saturate their codes, NaN as if it were positive. Adam's moment is zero beside
+// a root that is not finite, as g^2 is for g beyond 1.8e19: the root will be coded as the block's largest, and without
+// its moment a step by it is small.
+template <class F>
+PYEFF_LANE F beside_root(F moment, F root) {
+    return select(root < broadcast(float_of_bits(BITS_OF_INFINITY), root), moment, broadcast(0.0f, moment));
+}
 template <class F>
 PYEFF_LANE F clamped(F relative, float bound) {
     return max_of(min_of(relative, broadcast(bound, relative)), broadcast(-bound, relative));

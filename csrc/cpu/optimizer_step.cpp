@@ -163,7 +163,7 @@ const float* gradients_of(const Run& r, int64_t g_dtype, const float* p, const S
 }
 
 template <int RULE, bool CLAMP>
-PYEFF_LANE void encode(const Run& r, int64_t begin, int64_t end, float first_by, float second_by,
+PYEFF_LANE void encode(const Run& r, int64_t begin, int64_t end, float first_by, float second_by, float offset,
                        const Buffers& buffers) {
     auto* first = static_cast<uint8_t*>(r.first);
     auto* second = static_cast<uint8_t*>(r.second);
@@ -176,14 +176,14 @@ PYEFF_LANE void encode(const Run& r, int64_t begin, int64_t end, float first_by,
         }
         auto root = load_like(buffers.second + i, f) * broadcast(second_by, f);
         if (CLAMP) root = clamped(root, 1.0f);
-        keep_bytes(first + i, encode_signed(moment, u), second + i, encode_root(root, u));
+        keep_bytes(first + i, encode_signed(moment, u), second + i, encode_root(root, offset, u));
     });
 }
 
 template <int RULE>
 __attribute__((noinline)) void encode_nonfinite(const Run& r, int64_t begin, int64_t end, float first_by,
-                                                float second_by, const Buffers& buffers) {
-    encode<RULE, true>(r, begin, end, first_by, second_by, buffers);
+                                                float second_by, float offset, const Buffers& buffers) {
+    encode<RULE, true>(r, begin, end, first_by, second_by, offset, buffers);
 }
 
 // The bits of the largest moment and of the largest root of a block.
@@ -257,20 +257,24 @@ void update_coded(const Run& r, float* p, const float* g, bool nesterov, const S
     for (int64_t block = 0; block < r.blocks; ++block) {
         const int64_t begin = r.starts[block], end = r.starts[block + 1];
         const bool finite = max_of(largest[block].first, largest[block].root) < BITS_OF_INFINITY;
+        if (RULE == RULE_ADAM && !finite) {
+            for (int64_t i = begin; i < end; ++i) buffers.first[i] = beside_root(buffers.first[i], buffers.second[i]);
+        }
         const auto scaled_to = [&](uint32_t bits, const float* moments) {
             return finite ? float_of_bits(bits) : largest_finite(moments + begin, end - begin);
         };
         float& scale = r.first_scales[block];
         scale = first_scale(scaled_to(largest[block].first, buffers.first), s);
-        float root_by = 0.0f;
+        float root_by = 0.0f, offset = 0.0f;
         if (RULE == RULE_ADAM) {
             r.second_scales[block] = root_scale(scaled_to(largest[block].root, buffers.second), s);
             root_by = root_divisor(r.second_scales[block], s);
+            offset = root_offset(random_key(s, r.index + block));
         }
         if (finite)
-            encode<RULE, false>(r, begin, end, first_divisor(scale, s), root_by, buffers);
+            encode<RULE, false>(r, begin, end, first_divisor(scale, s), root_by, offset, buffers);
         else
-            encode_nonfinite<RULE>(r, begin, end, first_divisor(scale, s), root_by, buffers);
+            encode_nonfinite<RULE>(r, begin, end, first_divisor(scale, s), root_by, offset, buffers);
     }
 }
 

@@ -151,19 +151,19 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
         if (ADAM) before2 = CODED ? decode_root(static_cast<uint32_t>(second.bytes[i]), second_by) : second.floats[i];
         const Updated<float> lane = updated<RULE, CODED>(p.floats[i], g.floats[i], before, before2, nesterov, s);
         p.floats[i] = lane.p;
-        moment.floats[i] = lane.first;
+        moment.floats[i] = CODED && ADAM ? beside_root(lane.first, lane.second) : lane.first;
         if (ADAM) root.floats[i] = lane.second;
         // NaN and Inf belong to their element alone; elements beyond the end do not count.
-        if (CODED && i < count && abs_of(lane.first) < infinite)
-            largest_first = max_of(abs_of(lane.first), largest_first);
+        if (CODED && i < count && abs_of(moment.floats[i]) < infinite)
+            largest_first = max_of(abs_of(moment.floats[i]), largest_first);
         if (CODED && ADAM && i < count && lane.second < infinite) largest_root = max_of(lane.second, largest_root);
     }
 
     if (exact) {
         write<float>(weight == WEIGHT_MASTER ? t.master : t.p, at, p, count);
     }
+    const uint64_t key = random_key(s, t.first_block + block);
     if (weight != WEIGHT_FLOAT32) {
-        const uint64_t key = random_key(s, t.first_block + block);
         const uint32_t index = threadIdx.x * OWN & ((1u << block_bits) - 1);
         if (weight == WEIGHT_STOCHASTIC) {
 #pragma unroll
@@ -204,10 +204,10 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     if (writes_scales) __stwb(at_index<float>(t.first_scale, block), new_scale);
     if (ADAM) {
         const float new_scale2 = root_scale(largest_of(largest_root, threads, shared_root), s);
-        const float divisor2 = root_divisor(new_scale2, s);
+        const float divisor2 = root_divisor(new_scale2, s), offset = root_offset(key);
 #pragma unroll
         for (int i = 0; i < OWN; ++i)
-            second.bytes[i] = static_cast<uint8_t>(encode_root(clamped(root.floats[i] * divisor2, 1.0f), 0u));
+            second.bytes[i] = static_cast<uint8_t>(encode_root(clamped(root.floats[i] * divisor2, 1.0f), offset, 0u));
         write<uint8_t>(t.second, at, second, count);
         if (writes_scales) __stwb(at_index<float>(t.second_scale, block), new_scale2);
     }

@@ -23,7 +23,8 @@ Both codes are made of the bits of a float, read as an integer: B(x) is a piecew
   with straight lines between powers of two, and reaches 28 binades down.
 - sqrt(v) is k in 0..255: B(sqrt(v) / scale) = 3 B((k + 1) / 256) - 2 B(1), the cube in the same sense, 24 binades. No
   code is zero: a positive v never decodes to zero, so a step cannot become m / eps by rounding. A block whose v is all
-  zero has scale 0.
+  zero has scale 0. A step moves v by a thousandth of itself, far less than the distance of two codes: k is rounded up
+  or down at random, so that v is right on average, by one random offset for each block and step.
 
 Encoding takes a quarter and a third of the bits, so neither direction needs a table, a root or a logarithm. Why these
 codes: docs/optimizer_states.md.
@@ -230,15 +231,26 @@ def decode_root(code: Tensor, factor: Tensor) -> Tensor:
     return cube * (factor / (1 << 22))[:, None]
 
 
-def encode_root(root: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `out` times the values fp32 [blocks, block_size], none of them negative."""
+def encode_root(root: Tensor, out: float = 1.0, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `out` times the values fp32 [blocks, block_size], none of them negative.
+
+    offset: added before rounding, fp32 [blocks] from `root_offsets`; else to nearest.
+    """
     scale = _largest_finite(root) * out
     relative = root * (torch.full_like(scale, out) / scale.clamp_min(_SMALLEST_SCALE))[:, None]
     relative = torch.where(relative.isnan(), 1.0, relative.clamp_max(1.0))
     # A third of the bits in fp32, rounded to units of 2^8 as where 2^31 is added; 2/3 B(1) so that 1 becomes 1.
     third = _bits(relative).float() * _float32(1 / 3) + _float32(2.0**31 + _TWO_THIRDS)
-    t = _from_bits(third.long() - (1 << 31)).clamp_min(1 / 256)
-    return (t * 256 - 1).round().to(torch.uint8), scale
+    t = _from_bits(third.long() - (1 << 31))
+    if offset is not None:
+        t = t + offset[:, None]
+    return (t.clamp_min(1 / 256) * 256 - 1).round().to(torch.uint8), scale
+
+
+def root_offsets(blocks: int, stream: int, *, first_block: int = 0) -> Tensor:
+    """What is added to the roots of each block before they are rounded to 1/256, fp32 [blocks] within 1/512 of zero."""
+    keys = [_mixed(stream + _GOLDEN * block) >> 52 for block in range(first_block, first_block + blocks)]
+    return (2.0 * torch.tensor(keys, dtype=torch.float32) - 4095) / (1 << 21)
 
 
 # ----------------------------------------------------------------------------------------------------- the weights
@@ -328,6 +340,7 @@ def optimizer_step(
             gradient = gradient + old * s.l2
         # Padding decodes to positive v, which must not raise the scale of the last block.
         inside = to_blocks(torch.ones(p.numel(), dtype=torch.bool, device=p.device), rule.block_size, row)
+        start = first_blocks[i] if first_blocks else 0
         if rule.coded:
             factor = first_scale[i].flatten() * (s.first_in if rule.rule == "adam" else 1.0)
             m = decode_signed(to_blocks(first[i], rule.block_size, row), factor)
@@ -336,11 +349,15 @@ def optimizer_step(
                 factor = second_scale[i].flatten() * s.second_in
                 root = decode_root(to_blocks(second[i], rule.block_size, row), factor)
             new, m, root = update(rule, s, old, gradient, m, root)
+            if root is not None:
+                # g^2 overflows for g beyond 1.8e19. The root is coded as the block's largest; its moment would be huge.
+                m = m.where(root.isfinite(), 0.0)
             code, scale = encode_signed(m.where(inside, 0.0), s.first_out)
             first[i].copy_(from_blocks(code, p, row))
             first_scale[i].copy_(scale.view_as(first_scale[i]))
             if root is not None:
-                code, scale = encode_root(root.where(inside, 0.0), s.second_out)
+                offsets = root_offsets(root.shape[0], s.stream, first_block=start).to(p.device)
+                code, scale = encode_root(root.where(inside, 0.0), s.second_out, offsets)
                 second[i].copy_(from_blocks(code, p, row))
                 second_scale[i].copy_(scale.view_as(second_scale[i]))
         else:
@@ -351,7 +368,6 @@ def optimizer_step(
             if square is not None:
                 second[i].copy_(from_blocks(square, p, row))
         if half and master in AT_RANDOM:
-            start = first_blocks[i] if first_blocks else 0
             random = random_bits(new.shape[0], rule.block_size, s.stream, first_block=start).to(p.device)
         if half and master == "stochastic":
             p.copy_(from_blocks(round_at_random(new, random), p, row))

@@ -36,6 +36,7 @@ from pyeff.reference.optimizer_step import (
     encode_signed,
     join_from_24_bits,
     random_bits,
+    root_offsets,
     round_at_random,
     split_in_24_bits,
     update,
@@ -178,6 +179,58 @@ def test_second_moment_goes_to_the_nearest_code_in_the_measure_of_its_bits() -> 
         assert torch.equal(code[0, :-1].long(), expected)
 
 
+def test_second_moment_is_rounded_up_with_the_probability_of_what_is_cut_off() -> None:
+    """Exactly: of the 4096 offsets a block can have, as many as 4096ths are cut off, to one and a rounding."""
+    offsets = (2.0 * torch.arange(4096) - 4095) / (1 << 21)
+    parts = torch.arange(0.0, 255.0, 0.37)
+    t = ((parts + 1) / 256).view(torch.int32).long()
+    r = (3 * t - 2 * 0x3F800000).to(torch.int32).view(torch.float32)
+    row = torch.cat([r, torch.ones(1)])
+    codes, _ = encode_root(row.expand(4096, -1), 1.0, offsets)
+    assert (codes[:, -1] == 255).all(), "the largest keeps its code whatever is drawn"
+    assert ((codes[:, :-1] == parts.floor()) | (codes[:, :-1] == parts.ceil())).all()
+    third = 1 / 64  # of a code: the bits of t are found to 2^8 of its last place, at most half of that and some more
+    assert ((codes[:, :-1].double().mean(0) - parts).abs() <= 1 / 4096 + third).all()
+
+
+def test_offsets_of_blocks_are_even_and_differ_between_blocks_and_streams() -> None:
+    one, other = root_offsets(4096, 1), root_offsets(4096, 2)
+    assert torch.equal(root_offsets(96, 1, first_block=4000), one[4000:])
+    bound = 1 / 512
+    for offsets in (one, other):
+        assert offsets.abs().max() < bound
+        # Six standard errors of a uniform one's mean and of its mean square.
+        assert offsets.mean().abs() <= 6 * bound / (3 * 4096) ** 0.5
+        assert (offsets.square().mean() - bound**2 / 3).abs() <= 6 * bound**2 * (4 / 45 / 4096) ** 0.5
+    for a, b in ((one, other), (one[1:], one[:-1])):
+        assert ((a * b).mean() / (bound**2 / 3)).abs() <= 6 / a.numel() ** 0.5
+
+
+def test_a_moment_that_moves_less_than_a_code_still_moves() -> None:
+    """sqrt(v) after 3,000 steps whose gradients are a tenth of the first thousand's, against torch's, on average.
+
+    Rounded to nearest nothing would move but with a block's largest: v changes by a thousandth of itself in a step.
+    """
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.zeros(16 * 256), torch.nn.Parameter(torch.zeros(16 * 256))
+    states = OptimizerStates.zeros([p])
+    rule = OptimizerRule("adam", lr=0.0)
+    peer = torch.optim.Adam([q], lr=0.0)
+    sizes = torch.ones(16, 256)
+    for step in range(3000):
+        g = torch.randn(16, 256, generator=generator) * sizes
+        if step >= 1000:
+            g[:, 1:] *= 0.1  # one element keeps the block's scale up
+        q.grad = g.view(-1)
+        optimizer_step([p], [q.grad], states, rule)
+        peer.step()
+    v = states.decode(0)[1]
+    assert v is not None
+    ratio = (v / peer.state[q]["exp_avg_sq"]).sqrt().view(16, 256)[:, 1:].mean(1)
+    # Blocks are independent, elements of a block are not: six standard errors of the mean over blocks.
+    assert (ratio.mean() - 1).abs() <= 6 * ratio.std() / 4
+
+
 def test_a_block_of_zeros_stays_zero() -> None:
     p, g = torch.ones(300), torch.zeros(300)
     states = OptimizerStates.zeros([p])
@@ -241,7 +294,10 @@ def test_a_weight_in_24_bits_is_a_neighbour_and_its_half_the_nearest_bf16(values
     fine = x.isfinite() & joined.isfinite()
     ulp = torch.exp2(x[fine].double().abs().clamp_min(2.0**-126).log2().floor() - 7)
     assert ((joined[fine].double() - x[fine].double()).abs() < ulp / 256).all()
-    assert ((half[fine].double() - joined[fine].double()).abs() <= ulp / 2).all()
+    # Beyond the largest bf16 the nearest one is infinite, while 24 bits still say the number.
+    near = half[fine].isfinite()
+    assert ((half[fine].double() - joined[fine].double()).abs() <= ulp / 2)[near].all()
+    assert (joined[fine].abs() > torch.finfo(torch.bfloat16).max)[~near].all()
     assert torch.equal(half[~fine].nan_to_num(), x.bfloat16()[~fine].nan_to_num())
     # What 24 bits can say stays as it is, whatever is drawn.
     assert torch.equal(joined_at_random(joined[fine], random[fine]), joined[fine])
@@ -443,6 +499,24 @@ def test_a_bad_gradient_spoils_its_own_weight_alone(rule: str, bad: float, impl:
     assert torch.equal(a[0][others], b[0][others])
     for x, y in zip(states_a.decode(0), states_b.decode(0), strict=True):
         assert x is y is None or torch.equal(x[others], y[others])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [1e18, 1.8e19, 1.9e19, 1e25, 3.4e38])
+def test_no_finite_gradient_makes_a_step_large(size: float, impl: str) -> None:
+    """Not the step of one whose square is beyond fp32, as in torch, and not those after it."""
+    p = torch.ones(512)
+    states = OptimizerStates.zeros([p])
+    bound = (1 - 0.9) / ((1 - 0.999) * (1 - 0.9**2 / 0.999)) ** 0.5  # of |m| / sqrt(v), by Cauchy and Schwarz
+    for step in range(30):
+        g = torch.full((512,), 1e-3)
+        if step in (3, 4, 20):
+            g[7] = size
+        before = p.clone()
+        optimizer_step([p], [g], states, OptimizerRule("adam", lr=1e-3), impl=impl)
+        # A code may be off by a sixteenth of its value in m and in sqrt(v).
+        assert (p - before).abs().max() <= 1e-3 * bound * (1 + 1 / 16) / (1 - 1 / 16)
+    assert torch.equal(p[256:], p[300].expand(256)), "the block beside knows nothing of it"
 
 
 def test_a_norm_that_is_not_finite_skips_the_whole_step_and_is_counted() -> None:
