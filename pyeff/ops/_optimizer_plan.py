@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyeff._extension import extension
-from pyeff.ops._optimizer_states import DTYPES
+from pyeff.ops._optimizer_states import DTYPES, LOW_ADDRESS, check_memory
 from pyeff.reference.optimizer_step import RULES, OptimizerRule, row_length
 from pyeff.reference.optimizer_step import optimizer_step as reference_step
 
@@ -42,11 +42,10 @@ class StepPlan:
         self.master, self.keys, self.impl = master, list(keys), impl
         self.first_blocks = list(first_blocks or [0] * len(self.params))
         if impl == "reference":
+            check_memory(self.grads, "a gradient")
             return
         # The kernels read flat memory; what is not flat is copied before a step, and a parameter copied back after it.
-        self._flat_params = [
-            p if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params
-        ]
+        self._flat_params = [p if _is_flat(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params]
         self._copied_params = [(p, flat) for p, flat in zip(params, self._flat_params, strict=True) if p is not flat]
         addresses = [[x.data_ptr() for x in one] or [0] * len(self.params) for one in self.lists]
         sizes = [p.numel() for p in params]
@@ -89,22 +88,32 @@ class StepPlan:
         self.set_grads(grads)
 
     def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Take the gradients of the next step; costs a look at each address where they are those of the last."""
-        self.grads = list(grads)
+        """Take the gradients of the next step; costs a look at each address where they are those of the last.
+
+        Their signs must be in their memory (`Tensor.resolve_neg`). Raises ValueError for one whose memory was freed or
+        never there.
+        """
         if self.impl == "reference":
+            check_memory(grads, "a gradient")
+            self.grads = list(grads)
             return
-        key = [(g.data_ptr(), g.dtype, g.is_contiguous()) for g in self.grads]
+        try:
+            addresses = [g.data_ptr() for g in grads]
+        except RuntimeError:  # of wrappers
+            addresses = [0]
+        if min(addresses, default=LOW_ADDRESS) < LOW_ADDRESS:
+            check_memory(grads, "a gradient")
+        self.grads = list(grads)
+        key = [(address, g.dtype, g.is_contiguous()) for address, g in zip(addresses, grads, strict=True)]
         if key == self._gradient_key and not self._copied_grads:
             return
         self._gradient_key, self._copied_grads = key, []
-        flat_grads = []
-        for g in self.grads:
-            flat = g
-            if not g.is_contiguous():
-                flat = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-                self._copied_grads.append((g, flat))
-            flat_grads.append(flat)
-        columns = [[g.data_ptr() for g in flat_grads], [DTYPES[g.dtype] for g in flat_grads]]
+        for i, (_, dtype, contiguous) in enumerate(key):
+            if not contiguous:
+                flat = torch.empty(grads[i].shape, dtype=dtype, device=grads[i].device)
+                self._copied_grads.append((grads[i], flat))
+                addresses[i] = flat.data_ptr()
+        columns = [addresses, [DTYPES[dtype] for _, dtype, _ in key]]
         self._rows[:, 1], self._rows[:, 11] = torch.tensor(columns, dtype=torch.int64)
         if self.impl == "cuda":
             with torch.cuda.device(self._table.device):
@@ -168,6 +177,11 @@ class StepPlan:
             p.copy_(flat)
         # The kernels write behind autograd's back: a graph that still holds the old values must not be run backward.
         torch.autograd.graph.increment_version([p for p in self.params if not p.is_inference()])
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Whether a kernel may read the memory as it is; a sign that torch keeps beside a tensor is not in it."""
+    return x.is_contiguous() and not x.is_neg()
 
 
 def _numbers(rule: OptimizerRule) -> tuple[float | int, ...]:

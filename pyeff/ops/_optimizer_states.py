@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -158,6 +158,7 @@ def master_of(p: Tensor, master: str) -> Tensor:
         return torch.zeros(0, device=p.device)
     if master == "ecc8":
         return torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
+    check_memory([p], "a parameter")
     return p.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -177,6 +178,35 @@ def check_parameter(p: Tensor, name: str = "params") -> None:
     """TypeError unless `p` is a dense fp32 or bf16 tensor."""
     if p.layout != torch.strided or p.dtype not in DTYPES:
         raise TypeError(f"{name} must be dense fp32 or bf16 tensors; got {p.dtype} with layout {p.layout}")
+
+
+LOW_ADDRESS = 2**40
+"""Memory lies above, so an address below is likely the offset of a view into memory that was freed."""
+
+
+def check_memory(tensors: Iterable[Tensor], what: str) -> None:
+    """ValueError unless the elements of these lie in memory whose address a kernel may be given; costs a look each."""
+    for t in tensors:
+        try:
+            if t.data_ptr() >= LOW_ADDRESS or t.numel() == 0:
+                continue
+            lost = t.untyped_storage().data_ptr() == 0
+        except (RuntimeError, NotImplementedError):  # of wrappers, which have no storage
+            lost = True
+        if lost:
+            raise ValueError(
+                f"{what} of shape {tuple(t.shape)} on {t.device} has no memory: it was freed, or never there "
+                "(a fake or meta tensor, or a wrapper of others); bring it back before a step"
+            )
+
+
+def check_writable(p: Tensor) -> None:
+    """ValueError for a parameter of which several elements are one in memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is expanded: elements share memory and cannot take steps of their "
+            "own; clone() it"
+        )
 
 
 def state_shapes(

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyeff._extension import extension
 from pyeff.ops._dispatch import Operation
 from pyeff.ops._optimizer_plan import FIELDS
-from pyeff.ops._optimizer_states import DTYPES, check_parameter
+from pyeff.ops._optimizer_states import DTYPES, check_memory, check_parameter
 from pyeff.reference.optimizer_step import global_norm as reference_norm
 
 
@@ -45,6 +45,7 @@ torch.library.define("pyeff::global_norm", "(Tensor[] tensors, *, str impl) -> T
 
 @torch.library.impl("pyeff::global_norm", ("CPU", "CUDA"))
 def _norm(tensors: list[Tensor], *, impl: str) -> Tensor:
+    check_memory(tensors, "a tensor")
     if impl != "cuda":
         if impl == "reference":
             size = reference_norm(tensors)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from pyeff.ops._dispatch import Operation
 from pyeff.ops._optimizer_plan import NUMBERS, StepPlan
-from pyeff.ops._optimizer_states import OptimizerStates, check_layout, check_parameter, fits, state_shapes
+from pyeff.ops._optimizer_states import (
+    OptimizerStates,
+    check_layout,
+    check_memory,
+    check_parameter,
+    check_writable,
+    fits,
+    state_shapes,
+)
 from pyeff.reference.optimizer_step import CODE, RULES, OptimizerRule
 
 _INTEGERS = ("seed", "block_size", "coded", "coupled", "nesterov")
@@ -210,6 +218,12 @@ def _step(
         nesterov=bool(nesterov),
     )
     lists = (first, first_scale, second, second_scale, masters, steps, beta_powers)
+    check_memory(params, "a parameter")
+    for p in params:
+        check_writable(p)
+    for one in lists:
+        check_memory(one, "a state")
+    grads = [g.resolve_neg() for g in grads]
     plan = StepPlan(params, grads, lists, master=master, block_size=block_size, keys=keys, impl=impl)
     plan.step(made, norm=norm, lr=lr, skipped=skipped)
 

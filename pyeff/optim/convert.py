@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops._optimizer_states import encode_moment, encode_square, master_of, scale_shape
+from pyeff.ops._optimizer_states import check_memory, encode_moment, encode_square, master_of, scale_shape
 from pyeff.optim.sharding import as_part, local, part_of
 from pyeff.reference.optimizer_step import from_blocks, to_blocks
 
@@ -113,6 +113,7 @@ def _moment(state: dict[str, Any], name: str, number: int, p: Tensor, where: str
     value = state.get(theirs)
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} has no {name}; it was written by an optimizer of another rule")
+    check_memory([local(value)], f"{where}: {theirs}")
     if value.shape != p.shape:
         raise ValueError(f"{where}: {theirs} must have shape {tuple(p.shape)}; got {tuple(value.shape)}")
     if value.is_floating_point():

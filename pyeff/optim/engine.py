@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from pyeff.ops._optimizer_plan import StepPlan
-from pyeff.ops._optimizer_states import DTYPES, OptimizerStates, check_layout, check_parameter, fits, state_shapes
+from pyeff.ops._optimizer_states import (
+    DTYPES,
+    OptimizerStates,
+    check_layout,
+    check_memory,
+    check_parameter,
+    check_writable,
+    fits,
+    state_shapes,
+)
 from pyeff.ops.global_norm import global_norm
 from pyeff.ops.optimizer_step import OPERATION, check_rule
 from pyeff.optim.host_states import HostStates
@@ -308,7 +317,12 @@ class Optimizer8bit(torch.optim.Optimizer):
             # What must not change while a plan is in use: where weights lie, which tensors the states are, and where,
             # of which the first answers for all: to ask each takes a sixth of a step of small parameters.
             states = [state.get(name) for name in names]
-            rows.key.append((p.data_ptr(), p.dtype, p.shape, p.stride(), states[0] is None or place(states[0])))
+            try:
+                address = p.data_ptr()
+            except RuntimeError:  # a wrapper's
+                check_memory([p], "a parameter")
+                raise
+            rows.key.append((address, p.dtype, p.shape, p.stride(), states[0] is None or place(states[0])))
             rows.states.append(states)
         return [
             _Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups, counts_skipped=j == 0)
@@ -335,12 +349,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                         f"the states of a parameter of shape {tuple(p.shape)} on {device} were made for another shape, "
                         "device or block_size; make a new optimizer, or load a state_dict, after moving parameters"
                     )
-            for what, t in (("a parameter", p), *(("a state of a parameter", t) for t in states if t is not None)):
-                if t.numel() and not t.data_ptr():
-                    raise ValueError(
-                        f"{what} of shape {tuple(p.shape)} on {device} has no memory: it was freed, or never there "
-                        "(a fake or meta tensor); bring it back before a step"
-                    )
+            check_memory([p], "a parameter")
+            check_writable(p)
+            check_memory([t for t in states if t is not None], "a state")
         if offload is not None:
             names = self._names(group)
             for i, j, part in self._host_states.taken_in(offload, parts):

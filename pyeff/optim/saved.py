@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops._optimizer_states import state_shapes
+from pyeff.ops._optimizer_states import check_memory, state_shapes
 from pyeff.optim.convert import converted
 from pyeff.optim.pieces import OFFLOADED
 from pyeff.optim.sharding import is_distributed, is_split, part_of, placed
@@ -130,6 +130,7 @@ def _check_state(optimizer: Optimizer8bit, state: dict[str, Any], p: Tensor, gro
             part = part_of(value, p) if is_split(name, p) or is_distributed(value) else value
         except ValueError as error:
             raise ValueError(f"{where}: {name} {error}") from None
+        check_memory([part], f"{where}: {name}")
         if problem := _nonsense(name, part):
             raise ValueError(f"{where}: {name} must {problem}")
 
