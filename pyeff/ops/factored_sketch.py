@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,16 @@ class FactoredSketch:
         of the rows of `grad_outputs` [N, d] that go to each row of the table."""
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             return self._of_rows(name, grad_outputs, self._signs(name, _OUT, ids).T, cu_seqlens)
+
+    def flops(self, d: int, p: int, lengths: Sequence[int]) -> int:
+        """Of `of_product` for a layer d -> p and samples of these many tokens, padding included; p = 0: `of_table`.
+
+        >>> FactoredSketch(4, 2).flops(10, 20, [3, 3])
+        576
+        """
+        tokens, padded = sum(lengths), len(lengths) * max(lengths, default=0)
+        rows = padded if padded <= _MOST_PADDING * tokens else tokens
+        return 2 * tokens * (d * self.k_in + p * self.k_out) + 2 * rows * self.k_in * self.k_out
 
     def _of_rows(self, name: str, inputs: Tensor, outputs: Tensor, cu_seqlens: Tensor) -> Tensor:
         right = _times(inputs, self._whole(name, _IN, inputs.shape[1], inputs.device))  # [N, k_in]

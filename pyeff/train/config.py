@@ -98,6 +98,54 @@ class SelectorConfig(_Strict):
     drop_hardest: float = Field(default=0.1, ge=0, lt=1)
 
 
+class BatchSelectionConfig(_Strict):
+    """Which samples of a larger batch each step is made on; what a method does not read keeps its default.
+
+    ``greats`` and ``opus`` compare the candidates with ``target_batch`` samples of ``target`` at each step: sources of
+    samples of its own, or left out those of `data.target_samples`. No prompt of it may stand in anchors or holdout.
+    """
+
+    method: Literal["greats", "opus", "colm", "random"]
+    # Of the candidates, which hold 1 / keep times the tokens of a step.
+    keep: float = Field(default=0.5, gt=0, le=1)
+    # Keep the activations of all candidates until the choice. False: pass the chosen through the model again.
+    defer: bool = True
+    target: list[Source] | None = None
+    target_batch: int = Field(default=4, ge=1)
+    # Rows and columns that are left of each matrix's gradient (greats, colm); numbers of the sketch of all (opus).
+    sketch_size: int = Field(default=16, ge=1)
+    sketch_dim: int = Field(default=4096, ge=1)
+    # In standard deviations of the utilities (opus).
+    temperature: float = Field(default=0.9, gt=0)
+    # Sources kept whole, as far as they fit; the parameter whose gradient is compared (colm).
+    keep_sources: list[str] = Field(default_factory=list)
+    layer: str | None = None
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _one_source_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _options_are_the_methods_own(self) -> BatchSelectionConfig:
+        known = {
+            "greats": {"defer", "target", "target_batch", "sketch_size"},
+            "opus": {"defer", "target", "target_batch", "sketch_dim", "temperature"},
+            "colm": {"defer", "sketch_size", "keep_sources", "layer"},
+            "random": set(),
+        }[self.method]
+        for name, field in type(self).model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            if name not in {"method", "keep", *known} and getattr(self, name) != default:
+                raise ValueError(f"{name} has no meaning for method {self.method}")
+        return self
+
+    @property
+    def scores(self) -> bool:
+        """Whether the choice takes a pass over the candidates."""
+        return self.method != "random" and self.keep < 1
+
+
 class RunConfig(_Strict):
     """One run: model, data, budget and how it may be spent."""
 
@@ -121,6 +169,8 @@ class RunConfig(_Strict):
     price: str | None = None
     policy: Literal["governor", "uniform"] = "governor"
     selector: SelectorConfig = SelectorConfig()
+    # None: every step is made on the batch that was drawn.
+    batch_selection: BatchSelectionConfig | None = None
     # Of the batches after a selection, drawn from the whole pool instead: they measure what the selection is worth.
     control_share: float = Field(default=0.05, ge=0, le=0.5)
     # Evaluation, scoring and probes together take at most `overhead_cap` of the budget: 0.05 unless it says otherwise.
@@ -129,6 +179,8 @@ class RunConfig(_Strict):
     cooldown: float = Field(default=0.2, ge=0, lt=1)
     ema_decay: float = Field(default=0.9, ge=0, lt=1)
     checkpoint_every: float = Field(default=0.2, gt=0, le=1)
+    # The newest ones that stay on the disk; methods that score along a training take about four.
+    keep_checkpoints: int = Field(default=2, ge=1)
     save_model: bool = True
     seed: int = Field(default=0, ge=0, lt=2**31)
     # OpenMP ends the process where it cannot make as many as asked for.
@@ -177,6 +229,16 @@ class RunConfig(_Strict):
         if self.micro_tokens > self.batch_tokens:
             raise ValueError(
                 f"micro_batch_tokens ({self.micro_tokens}) must not exceed batch_tokens ({self.batch_tokens})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_fit_the_memory(self) -> RunConfig:
+        chosen = self.batch_selection
+        if self.memory is not None and chosen is not None and chosen.scores and chosen.defer:
+            raise ValueError(
+                "memory does not count the activations that batch_selection keeps until its choice: "
+                "set batch_selection.defer to false"
             )
         return self
 

@@ -13,6 +13,7 @@ from pyeff.data import DataOrder
 from pyeff.governor import Ledger
 from pyeff.governor.policy import GovernorPolicy, Policy, UniformPolicy
 from pyeff.train import checkpoint as checkpoints
+from pyeff.train.batches import make_batches
 from pyeff.train.control import ControlArm
 from pyeff.train.job import Job
 from pyeff.train.state import State
@@ -28,7 +29,16 @@ class Course:
         kind = GovernorPolicy if config.policy == "governor" else UniformPolicy
         self.policy: Policy = kind(config.governor_config)
         self.control = ControlArm(job)
+        self.batches = make_batches(job)
         self.state = State()
+
+    def first_price(self) -> tuple[int, int]:
+        """FLOPs and tokens of the first step, at most; what comes next stays as it is."""
+        pool, batches = self.job.task.pool, self.batches
+        before = batches.state_dict()
+        first = batches.draw(DataOrder(len(pool), self.job.config.seed, lengths=pool.lengths), 0)
+        batches.load_state_dict(before)
+        return first.flops, first.tokens
 
     def is_finite(self) -> bool:
         """Whether every weight is a number."""
@@ -54,6 +64,7 @@ class Course:
             "order": self.order.state_dict(),
             "policy": self.policy.state_dict(),
             "control": self.control.state_dict(),
+            "batches": self.batches.state_dict(),
             "optimizer": optimizer,
             "ema_steps": job.ema.steps,
             "events": events,
@@ -61,7 +72,8 @@ class Course:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        return checkpoints.save_checkpoint(directory, state.steps, groups, content)
+        keep = job.config.keep_checkpoints
+        return checkpoints.save_checkpoint(directory, state.steps, groups, content, keep=keep)
 
     def load(self, path: Path, content: dict[str, Any]) -> Ledger:
         """Go on from a checkpoint; returns its ledger.
@@ -76,6 +88,8 @@ class Course:
         self.order.load_state_dict(content["order"])
         self.policy.load_state_dict(content["policy"])
         self.control.load(content["control"], checkpoints.load_tensors(path / "control.safetensors"))
+        if "batches" in content:  # not in those of older versions
+            self.batches.load_state_dict(content["batches"])
         self.state = State.from_dict(content["state"])
         ledger = Ledger()
         ledger.load_state_dict(content["ledger"])

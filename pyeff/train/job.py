@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyeff.data import DataOrder, EncodedSamples, PackedBatch, label_positions, pack
+from pyeff.data import EncodedSamples, PackedBatch, label_positions, pack
 from pyeff.errors import UserError
 from pyeff.governor import Cost, attention_pairs, format_amount
 from pyeff.scoring import PoolScores, score_batches
@@ -71,21 +71,23 @@ class Job:
             "checkpointing": checkpointing != "none",
             "keep_attention": checkpointing == "attention",
         }
-        train_cost = shape.train_cost(**recomputation)
+        options: dict[str, Any] = recomputation
         adapters = 0
+        last_observed = True
         if config.lora is not None:
             self.model = with_lora(self.model, config.lora, seed=config.seed)
             targets = lora_linears(self.model, shape)
-            train_cost = shape.train_cost(
-                trainable="lora",
-                lora_rank=config.lora.rank,
-                lora_targets=targets,
+            options = {
+                "trainable": "lora",
+                "lora_rank": config.lora.rank,
+                "lora_targets": targets,
                 **recomputation,
                 # transformers lets the embedding's output require a gradient when it recomputes layers with adapters.
-                input_requires_grad=checkpointing == "layer",
+                "input_requires_grad": checkpointing == "layer",
                 # Dropout in an adapter runs after its matrix, so the recomputation has no early end.
-                early_stop=config.lora.dropout == 0,
-            )
+                "early_stop": config.lora.dropout == 0,
+            }
+            last_observed = "down" in targets
             adapters = shape.layers * sum(2 * config.lora.rank * sum(shape.linears[t]) for t in targets)
         if checkpointing == "layer":
             recompute_activations(self.model)
@@ -95,6 +97,14 @@ class Job:
             per_token=shape.forward(1, attention_pairs=0, head_tokens=0) + adapters,
             per_pair=shape.forward(0, attention_pairs=1, head_tokens=0),
             per_head_token=shape.forward(0, attention_pairs=0, head_tokens=1),
+        )
+        train_cost = shape.train_cost(**options)
+        # `pyeff.observe` keeps what a layer's last matrix is given once that has been multiplied: no early end.
+        observed = {**options, "early_stop": options.get("early_stop", True) and not last_observed}
+        self.observed_cost = shape.train_cost(**observed)
+        # Of a training step, the part that forms gradients of parameters.
+        self.weight_grads = (
+            Cost(forward.per_token, 0, forward.per_head_token) if config.lora is None else Cost(adapters, 0, 0)
         )
         self.meter = Meter(config.parsed_budget, forward=forward, train=train_cost, heartbeat=out / "heartbeat.json")
         self.parameters: dict[str, nn.Parameter] = {
@@ -132,12 +142,16 @@ class Job:
         answers = int(label_positions(batch).targets.numel())
         return cost(batch.tokens, batch.tokens**2, answers)
 
-    def train_flops(self, batch: PackedBatch) -> int:
-        """Of training on one micro-batch: all pairs of its tokens, or each sample's own where attention is kept."""
+    def train_flops(self, batch: PackedBatch, *, observed: bool = False) -> int:
+        """Of training on one micro-batch: all pairs of its tokens, or each sample's own where attention is kept.
+
+        ``observed``: by `pyeff.observe`, which leaves recomputation a product more.
+        """
         pairs = batch.tokens**2
         if self.step_shape.checkpointing == "attention":
             pairs = attention_pairs(batch.cu_seqlens.diff().tolist(), causal=True)
-        return self.meter.train(batch.tokens, pairs, int(label_positions(batch).targets.numel()))
+        cost = self.observed_cost if observed else self.meter.train
+        return cost(batch.tokens, pairs, int(label_positions(batch).targets.numel()))
 
     def evaluation_flops(self) -> int:
         """Of judging the model once, before or after training."""
@@ -167,22 +181,9 @@ class Job:
                 groups.append([index])
         return groups
 
-    def next_batch(self, order: DataOrder) -> tuple[list[PackedBatch], int, int]:
-        """The micro-batches of the next step, their tokens and the FLOPs of training on them."""
-        micro_batches = pack(
-            self.task.pool,
-            order.next_batch(self.config.batch_tokens),
-            max_tokens=self.step_shape.micro_tokens,
-            window=PACKING_WINDOW,
-        )
-        flops = sum(self.train_flops(batch) for batch in micro_batches)
-        return micro_batches, sum(batch.tokens for batch in micro_batches), flops
-
-    def refuse_small_budget(self) -> None:
-        """Raise unless the first step fits beside the evaluations; a time budget is checked once it can be."""
+    def refuse_small_budget(self, *, flops: int, tokens: int) -> None:
+        """Raise unless a first step of this price fits beside the evaluations; one in seconds is checked later."""
         budget = self.meter.budget
-        order = DataOrder(len(self.task.pool), self.config.seed, lengths=self.task.pool.lengths)
-        _, tokens, flops = self.next_batch(order)
         least = self.meter.price("eval", flops=2 * self.evaluation_flops())
         least += self.meter.price("train", flops=flops, tokens=tokens)
         if least > budget.amount:
@@ -207,11 +208,12 @@ class Job:
                 f"{needed / 1e9:.2f} GB: free some space or choose another out"
             )
 
-    def estimates(self) -> dict[str, Any]:
-        """What things will cost, in FLOPs, and about how many steps that leaves (None for a time budget)."""
-        budget, pool = self.meter.budget, self.task.pool
-        epoch = pack(pool, range(len(pool)), max_tokens=self.step_shape.micro_tokens, window=PACKING_WINDOW)
-        per_token = sum(self.train_flops(batch) for batch in epoch) / pool.tokens
+    def estimates(self, per_token: float) -> dict[str, Any]:
+        """What things will cost, in FLOPs, and about how many steps that leaves (None for a time budget).
+
+        ``per_token`` are the FLOPs of a token that is trained on.
+        """
+        budget = self.meter.budget
         checks = math.floor((1 - self.config.cooldown) / self.config.governor_config.check_every)
         steps = {
             "flops": (budget.amount - 2 * self.evaluation_flops() - checks * self.flops["anchors"])

@@ -54,6 +54,19 @@ class Meter:
         self._mark = now
         self._beat()
 
+    def charge_parts(self, **parts: tuple[int, int]) -> None:
+        """Charge FLOPs and tokens of work just done to several fields, which share its seconds in proportion to FLOPs.
+
+        For what one pass over the data did for two purposes.
+        """
+        now = time.monotonic()
+        seconds, total = max(now - self._mark, 0.0), sum(flops for flops, _ in parts.values())
+        for field, (flops, tokens) in parts.items():
+            share = flops / total if total else 1 / len(parts)
+            self.ledger.charge(field, flops=flops, seconds=seconds * share, tokens=tokens)
+        self._mark = now
+        self._beat()
+
     def price(self, field: str, *, flops: int, tokens: int = 0) -> float:
         """What work would cost in the budget's unit; 0 seconds while no work of any kind was timed."""
         if self.unit == "flops":

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pyeff.errors import UserError
 from pyeff.governor import paired_gain
+from pyeff.train.config import RunConfig
+from pyeff.train.evaluate import summarize_losses
 from pyeff.train.job import Job
+from pyeff.train.meter import Meter
 from pyeff.train.model import _quiet
-from pyeff.train.state import FirstRefresh, Trend
+from pyeff.train.state import FirstRefresh, State, Trend
 
 
 def save_model(job: Job, out: Path) -> None:
@@ -32,6 +36,47 @@ def save_model(job: Job, out: Path) -> None:
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
+
+
+def ending(
+    config: RunConfig,
+    state: State,
+    meter: Meter,
+    *,
+    anchors: list[float],
+    holdout: list[float],
+    exact: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The fields of a run's ``end`` event: ledger, what judged it before and after, and that in a sentence."""
+    gain = paired_gain(state.holdout_before, holdout)
+    before, after = summarize_losses(state.holdout_before), summarize_losses(holdout)
+    scatter = config.governor_config.trajectory_log_sd
+    paid, why = selection_paid(state.first_refresh, anchors, spent=meter.spent, log_scatter=scatter)
+    sentence = (
+        f"{state.steps} steps and {meter.budget} took the holdout loss from {before.loss:.3f} to "
+        f"{after.loss:.3f} (gain {gain.mean:.3f} ± {gain.standard_error:.3f})"
+    )
+    answered = None
+    if exact is not None and state.exact_before is not None:
+        answered = {"before": state.exact_before["correct"], "after": exact["correct"], "total": exact["total"]}
+        sentence += f" and exact match from {answered['before']} to {answered['after']} of {answered['total']}"
+    return {
+        "ledger": {
+            row["field"]: {name: row[name] for name in ("flops", "seconds", "tokens", "joules")}
+            for row in meter.ledger.table()
+            if row["field"] != "total"
+        },
+        "holdout": {
+            "before": before.loss,
+            "after": after.loss,
+            "gain": gain.mean,
+            "standard_error": gain.standard_error,
+        },
+        "exact_match": answered,
+        "decisions": dict(state.decisions),
+        "selection_paid": paid,
+        "sentence": f"{sentence}. {why}",
+    }
 
 
 def selection_paid(

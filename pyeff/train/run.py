@@ -17,7 +17,7 @@ import errno
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,21 @@ import torch
 from torch import nn
 
 from pyeff._files import OnlyProcess
-from pyeff.data import PackedBatch, label_positions
 from pyeff.errors import UserError
-from pyeff.governor import Ledger, paired_gain
+from pyeff.governor import Ledger
 from pyeff.governor.log import DecisionLog
 from pyeff.governor.policy import Action, Observation
 from pyeff.train import checkpoint as checkpoints
+from pyeff.train.batches import StepBatch
 from pyeff.train.config import RunConfig
 from pyeff.train.course import Course
 from pyeff.train.directory import changed_key, end_event, stored_config
-from pyeff.train.evaluate import summarize_losses, summed_loss
+from pyeff.train.evaluate import summarize_losses
 from pyeff.train.events import Event, EventLog, Observer
 from pyeff.train.job import Job
 from pyeff.train.refresh import refresh
-from pyeff.train.result import save_model, selection_paid
+from pyeff.train.result import ending, save_model
+from pyeff.train.schedule import learning_rate
 from pyeff.train.state import State
 
 
@@ -132,7 +133,9 @@ class _Run:
         """Run to the end; the directory is this process's alone."""
         checkpoints.remove_partial(self.out / "checkpoints")
         checkpoints.remove_partial(self.out)
-        self.job.refuse_small_budget()
+        flops, tokens = self.course.first_price()
+        self.job.refuse_small_budget(flops=flops, tokens=tokens)
+        self.course.batches.check()
         self.job.refuse_full_disk()
         self.events = EventLog(self.out / "events.jsonl", self.observers)
         self.decisions = DecisionLog(self.out / "decisions.jsonl")
@@ -177,7 +180,7 @@ class _Run:
                 "holdout": len(task.holdout),
                 "selection": len(task.target),
             },
-            estimates=self.job.estimates(),
+            estimates=self.job.estimates(self.course.batches.flops_per_token()),
             memory=self.job.step_shape.to_dict(),
             threads=torch.get_num_threads(),
         )
@@ -201,6 +204,8 @@ class _Run:
     def _next(self) -> bool:
         """Do the next thing that is due; False when training is over."""
         state = self.state
+        if state.trained_out:
+            return False
         reserve = self._final_reserve()
         plateau_end = self.meter.budget.amount - self._cooldown_amount() - reserve
         # The first step comes before any check: it was promised to fit.
@@ -213,45 +218,36 @@ class _Run:
                 self._enter_cooldown(early=False)
             return True
         order = self.course.control.order_of(state.steps, self.course.order)
-        micro_batches, tokens, flops = self.job.next_batch(order)
-        price = self.meter.price(state.phase, flops=flops, tokens=tokens)
+        batch = self.course.batches.draw(order, state.steps)
+        price = self.meter.price(state.phase, flops=batch.flops, tokens=batch.tokens)
         over = state.phase == "cooldown" and self.meter.spent + price > state.cooldown_end
         if over or not self.meter.fits(price, reserve=reserve):
             if state.steps == 0:
                 raise UserError(f"the budget {self.meter.budget} is too small for one step")
             if not state.reason:
                 state.reason = "the budget is spent"
+            state.trained_out = True
             return False
-        self._step(micro_batches, price)
+        self._step(batch, price)
         if self.meter.spent >= state.next_checkpoint:
             self._save()
         return True
 
-    def _step(self, micro_batches: Sequence[PackedBatch], price: float) -> None:
-        config, state, job = self.config, self.state, self.job
+    def _step(self, batch: StepBatch, price: float) -> None:
+        config, state, job, batches = self.config, self.state, self.job, self.course.batches
         # What is random in a step (dropout) depends on its number alone, not on what was drawn before.
         torch.manual_seed(config.seed * 2**31 + state.steps)
         job.model.train()
-        lr = self._learning_rate(price)
+        lr = learning_rate(config, state, spent=self.meter.spent, price=price)
         for group in job.optimizer.param_groups:
             group["lr"] = lr
-        answers = sum(int(label_positions(batch).targets.numel()) for batch in micro_batches)
-        loss = 0.0
-        for batch in micro_batches:
-            where = label_positions(batch)
-            part = summed_loss(job.model, batch, where) / answers
-            part.backward()
-            loss += float(part.detach())
-            self.meter.charge(
-                state.phase,
-                flops=self.job.train_flops(batch),
-                tokens=batch.tokens,
-            )
+        chosen_for = batches.tally.spent(self.meter.unit)
+        done = batches.backward(batch, step=state.steps, phase=state.phase, lr=lr)
         if state.scored_at is not None:
             self.course.control.measure(state.steps, age=self.meter.spent - state.scored_at)
         grad_norm = float(nn.utils.clip_grad_norm_(job.parameters.values(), config.optimizer.clip))
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the loss became {loss}")
+        if not math.isfinite(done.loss):
+            raise self._not_finite(f"the loss became {done.loss}")
         if not math.isfinite(grad_norm):
             raise self._not_finite(f"the gradient norm became {grad_norm}")
         job.optimizer.step()
@@ -259,28 +255,21 @@ class _Run:
         job.ema.update()
         state.steps += 1
         self.meter.charge(state.phase)
+        chosen = {}
+        if done.chosen is not None:
+            scored = batches.tally.spent(self.meter.unit) - chosen_for
+            chosen = {"kept": len(done.chosen), "candidates": len(batch.drawn), "scored": scored}
         self._emit(
             "step",
             step=state.steps,
             phase=state.phase,
-            loss=loss,
+            loss=done.loss,
             lr=lr,
             grad_norm=grad_norm,
-            tokens=sum(batch.tokens for batch in micro_batches),
+            tokens=done.tokens,
             fraction=self.meter.spent / self.meter.budget.amount,
+            **chosen,
         )
-
-    def _learning_rate(self, price: float) -> float:
-        settings, state = self.config.optimizer, self.state
-        factor = 1.0
-        if state.steps < settings.warmup_steps:
-            factor = (state.steps + 1) / (settings.warmup_steps + 1)
-        if state.phase == "cooldown" and self.config.cooldown > 0:
-            # At the middle of the step about to be made: the last one still moves.
-            span = state.cooldown_end - state.cooldown_start
-            done = (self.meter.spent + price / 2 - state.cooldown_start) / span if span > 0 else 1.0
-            factor *= 1 - math.sqrt(min(max(done, 0.0), 1.0))
-        return settings.lr * factor
 
     def _not_finite(self, what: str) -> UserError:
         found = checkpoints.complete_checkpoints(self.out / "checkpoints")
@@ -294,7 +283,7 @@ class _Run:
         return self.config.governor_config.check_every * self.meter.budget.amount
 
     def _check(self) -> None:
-        state, meter = self.state, self.meter
+        state, meter, batches = self.state, self.meter, self.course.batches
         now = self._evaluate("anchors")
         drift = self.course.control.look()
         observation = Observation(
@@ -310,7 +299,8 @@ class _Run:
             scored_at=state.scored_at,
             refreshes_done=state.refreshes,
             loss_finite=True,
-            overhead=meter.ledger.overhead_spent(meter.unit),
+            # Choosing within batches is part of what a step costs, and no overhead that the policy could save.
+            overhead=max(meter.ledger.overhead_spent(meter.unit) - batches.tally.spent(meter.unit), 0.0),
             price=self.config.parsed_price,
             advantage=self.course.control.reading(),
             drift=() if drift is None else (drift,),
@@ -319,7 +309,7 @@ class _Run:
         self.decisions.append(decision)
         record = decision.to_dict()
         state.decisions[decision.action.value] = state.decisions.get(decision.action.value, 0) + 1
-        self._emit("decision", **record)
+        self._emit("decision", **record, **self._batch_selection())
         state.history.append((observation.spent - state.scoring_spent, summarize_losses(now).loss))
         state.anchors, state.anchors_at = now, observation.spent
         if decision.action is Action.REFRESH:
@@ -332,6 +322,10 @@ class _Run:
         if decision.action is Action.REFRESH:
             # The dearest single piece of a run: it is not paid twice.
             self._save()
+
+    def _batch_selection(self) -> dict[str, Any]:
+        report = self.course.batches.report()
+        return {} if report is None else {"batch_selection": report}
 
     def _enter_cooldown(self, *, early: bool) -> None:
         """Anneal over all that is left, or when training is stopped early only over the reserve."""
@@ -376,49 +370,8 @@ class _Run:
         if self.config.save_model:
             save_model(self.job, self.out)
             meter.charge("eval")
-        gain = paired_gain(state.holdout_before, holdout)
-        before, after = summarize_losses(state.holdout_before), summarize_losses(holdout)
-        paid, why = selection_paid(
-            state.first_refresh,
-            anchors,
-            spent=meter.spent,
-            log_scatter=self.config.governor_config.trajectory_log_sd,
-        )
-        sentence = (
-            f"{state.steps} steps and {meter.budget} took the holdout loss from {before.loss:.3f} to "
-            f"{after.loss:.3f} (gain {gain.mean:.3f} ± {gain.standard_error:.3f})"
-        )
-        if exact is not None and state.exact_before is not None:
-            sentence += (
-                f" and exact match from {state.exact_before['correct']} to {exact['correct']} of {exact['total']}"
-            )
-        ledger = {
-            row["field"]: {name: row[name] for name in ("flops", "seconds", "tokens", "joules")}
-            for row in meter.ledger.table()
-            if row["field"] != "total"
-        }
-        end = self._emit(
-            "end",
-            step=state.steps,
-            reason=state.reason,
-            ledger=ledger,
-            holdout={
-                "before": before.loss,
-                "after": after.loss,
-                "gain": gain.mean,
-                "standard_error": gain.standard_error,
-            },
-            exact_match=None
-            if exact is None or state.exact_before is None
-            else {
-                "before": state.exact_before["correct"],
-                "after": exact["correct"],
-                "total": exact["total"],
-            },
-            decisions=dict(state.decisions),
-            selection_paid=paid,
-            sentence=f"{sentence}. {why}",
-        )
+        fields = ending(self.config, state, meter, anchors=anchors, holdout=holdout, exact=exact)
+        end = self._emit("end", step=state.steps, reason=state.reason, **fields, **self._batch_selection())
         self.events.sync()
         result = {**end, "config": self.config.model_dump(mode="json")}
         checkpoints.write_text_atomic(self.out / "result.json", json.dumps(result, indent=1))

@@ -296,13 +296,16 @@ class _Pool:
         return {name: (kept.count(name), sources.count(name)) for name in sorted(set(sources))}
 
 
-def refuse_overlap(target: Sequence[Sample], holdout: Sequence[Sample]) -> None:
-    """Raise `UserError` where a target's prompt stands in the holdout: choosing by it would be training on it."""
+def refuse_overlap(target: Sequence[Sample], holdout: Sequence[Sample], *, kind: str = "holdout") -> None:
+    """Raise `UserError` where a target's prompt stands in the holdout: choosing by it would be training on it.
+
+    ``kind`` is what the message calls a set that judges.
+    """
     prompts = {sample.prompt: sample.id for sample in holdout}
     for sample in target:
         if sample.prompt in prompts:
             raise UserError(
-                f"target sample {sample.id!r} has the prompt of holdout sample {prompts[sample.prompt]!r}: the holdout "
+                f"target sample {sample.id!r} has the prompt of {kind} sample {prompts[sample.prompt]!r}, which "
                 "would no longer judge the selection"
             )
 

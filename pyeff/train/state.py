@@ -45,6 +45,8 @@ class State:
     evaluation_seconds: float = 0.0
     saved_at: int = -1
     reason: str = ""
+    # No step fits any more. The next batch might be smaller, and is not tried after a resume either.
+    trained_out: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

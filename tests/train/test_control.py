@@ -62,11 +62,11 @@ def test_after_a_selection_the_control_batches_and_only_they_come_from_the_whole
     drawn: list[tuple[int, bool, bool]] = []
     step = run._Run._step
 
-    def spying(self: Any, batches: Any, price: float) -> None:
-        shown = {index for batch in batches for index in batch.sample_indices}
+    def spying(self: Any, batch: Any, price: float) -> None:
+        shown = {index for part in batch.micro_batches for index in part.sample_indices}
         inside = shown <= set(self.course.order.indices)
         drawn.append((self.state.steps, self.state.refreshes > 0, inside))
-        step(self, batches, price)
+        step(self, batch, price)
 
     monkeypatch.setattr(run._Run, "_step", spying)
     result = train_run(config())

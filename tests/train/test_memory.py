@@ -14,6 +14,7 @@ import torch
 from pyeff.data import label_positions
 from pyeff.errors import UserError
 from pyeff.memory import measure_step
+from pyeff.train.batches import Batches
 from pyeff.train.config import RunConfig, parse_config
 from pyeff.train.evaluate import summed_loss
 from pyeff.train.events import read_events
@@ -87,7 +88,7 @@ def test_what_the_configuration_names_is_kept(config, tmp_path: Path):
 )
 def test_the_predicted_peak_is_that_of_the_fullest_micro_batch(config, tmp_path: Path, changes: dict[str, Any]):
     job = Job(config(memory="1GB", batch_tokens=64, **changes), tmp_path)
-    micro_batches, _, _ = job.next_batch(_order(job))
+    micro_batches = Batches(job).draw(_order(job), 0).micro_batches
     job.model.train()
     plan = job.step_shape.plan
     assert plan is not None

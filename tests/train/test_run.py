@@ -18,7 +18,7 @@ from pyeff.errors import UserError
 from pyeff.governor import FIELDS
 from pyeff.governor.log import replay
 from pyeff.memory.attention_interface import register
-from pyeff.train import checkpoint, job, refresh, run
+from pyeff.train import batches, checkpoint, job, refresh, run
 from pyeff.train.config import parse_config
 from pyeff.train.events import read_events
 from pyeff.train.model import load_model
@@ -112,11 +112,11 @@ def test_after_a_refresh_only_selected_samples_are_trained_on(start, monkeypatch
     chosen: list[set[int]] = []
     step, select = run._Run._step, refresh.select
 
-    def spying_step(self: Any, batches: Any, price: float) -> None:
-        shown.append({index for batch in batches for index in batch.sample_indices})
+    def spying_step(self: Any, batch: Any, price: float) -> None:
+        shown.append({index for part in batch.micro_batches for index in part.sample_indices})
         if chosen:
             assert shown[-1] <= chosen[-1]
-        step(self, batches, price)
+        step(self, batch, price)
 
     def spying_select(*args: Any, **kwargs: Any) -> Any:
         selection = select(*args, **kwargs)
@@ -287,7 +287,7 @@ def test_the_smallest_budget_that_is_accepted_buys_a_step(start, tmp_path: Path)
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_sentence_naming_the_last_good_checkpoint(start, monkeypatch):
-    good = run.summed_loss
+    good = batches.summed_loss
     calls = 0
 
     def failing(*args: Any) -> torch.Tensor:
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_sentence_naming_the_last_good_che
         calls += 1
         return good(*args) * (math.nan if calls > 30 else 1.0)
 
-    monkeypatch.setattr(run, "summed_loss", failing)
+    monkeypatch.setattr(batches, "summed_loss", failing)
     with pytest.raises(UserError) as error:
         start()
     text = str(error.value)
