@@ -121,7 +121,7 @@ def clipped(world: int, folder: Path) -> dict[str, Tensor]:
     optimizer = optimizer_of(model, clip_norm=0.5)
     take_steps(model, optimizer, range(1))
     found = everything(model, optimizer)
-    norm = optimizer._norms([c for i, g in enumerate(optimizer.param_groups) for c in optimizer._calls(i, g)])
+    norm = optimizer._norms([c for i, g in enumerate(optimizer.param_groups) for c in optimizer._plans.calls(i, g)])
     found["norm"] = next(iter(norm.values()))
     if dist.get_rank() == 0:
         next(model.parameters()).grad.to_local()[0, 0] = torch.nan

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import numbers
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pyeff.ops._optimizer_plan import StepPlan
 from pyeff.ops._optimizer_states import (
-    DTYPES,
     OptimizerStates,
     check_layout,
-    check_memory,
     check_parameter,
-    check_writable,
-    fits,
     state_shapes,
 )
 from pyeff.ops.global_norm import global_norm
-from pyeff.ops.optimizer_step import OPERATION, check_rule
+from pyeff.ops.optimizer_step import check_rule
+from pyeff.optim.calls import Call, Plans
 from pyeff.optim.host_states import HostStates
-from pyeff.optim.offload import OffloadedPlan
 from pyeff.optim.pieces import OFFLOADED
 from pyeff.optim.saved import LAYOUT, device_of, restore
 from pyeff.optim.sharding import (
     check_split,
-    first_block,
     is_distributed,
     local,
-    part_of_grad,
     placed,
-    shard_groups,
 )
 from pyeff.reference.optimizer_step import AT_RANDOM, CODE, OptimizerRule
-
-AnyPlan: TypeAlias = "StepPlan | OffloadedPlan"
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -129,7 +117,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """The next step looks at everything anew."""
         if hasattr(self, "_host_states"):
             self._host_states.settle()
-        self._plans: dict[tuple[int, torch.device, int | None], _Plan] = {}
+        self._plans = Plans(self)
         self._host_states = HostStates(self)
 
     # -------------------------------------------------------------------------------------------------- options
@@ -209,13 +197,13 @@ class Optimizer8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Everything is looked at before anything is changed.
-        calls = [call for index, group in enumerate(self.param_groups) for call in self._calls(index, group)]
+        calls = [call for index, group in enumerate(self.param_groups) for call in self._plans.calls(index, group)]
         norms = self._norms(calls)
         for call in calls:
             self._take(call, norms.get(call.device), call.group["clip_norm"])
         return loss
 
-    def _take(self, call: _Call, norm: Tensor | None, clip_norm: float | None) -> None:
+    def _take(self, call: Call, norm: Tensor | None, clip_norm: float | None) -> None:
         lr: float | Tensor = call.group["lr"]
         tensor: Tensor | None = None
         if isinstance(lr, Tensor) and lr.is_cuda:
@@ -248,10 +236,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         gradients; needed by clip_norm, which takes the place of the group's. If the norm is not finite nothing is
         changed, and `skipped_steps` goes up if counts_skipped. A parameter without a gradient takes no step.
         """
-        for call in self._calls(index, self.param_groups[index], only=place):
+        for call in self._plans.calls(index, self.param_groups[index], only=place):
             self._take(dataclasses.replace(call, counts_skipped=counts_skipped), norm, clip_norm)
 
-    def _norms(self, calls: list[_Call]) -> dict[torch.device, Tensor]:
+    def _norms(self, calls: list[Call]) -> dict[torch.device, Tensor]:
         """The norm of all gradients on each device that has some, if a group asks for it."""
         asked = any(group["skip_nonfinite"] or group["clip_norm"] is not None for group in self.param_groups)
         if not (asked and calls):
@@ -274,118 +262,6 @@ class Optimizer8bit(torch.optim.Optimizer):
         if len(norms) > 1:
             total = torch.stack([norm.to(total.device) for norm in norms]).square().sum().sqrt()
         return {device: total.to(device) for device, _ in grads}
-
-    def _calls(self, index: int, group: dict[str, Any], *, only: int | None = None) -> list[_Call]:
-        """One call for each device; nearly always one. `only`: the place of the one parameter to be stepped."""
-        calls: dict[torch.device, _Rows] = {}
-        names = self._names(group)
-        state_of = self.state
-        for i, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None or (only is not None and i != only):
-                continue
-            if grad.dtype not in DTYPES or grad.layout is not torch.strided:
-                raise TypeError(
-                    f"{type(self).__name__} takes dense fp32 or bf16 gradients; got {grad.dtype} with layout "
-                    f"{grad.layout} for a parameter of shape {tuple(p.shape)}"
-                )
-            device = p.device
-            if grad.shape != p.shape or grad.device != device:
-                # torch checks this where a gradient is assigned, but not where `p.data` is, later.
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} on {device} has a gradient of shape "
-                    f"{tuple(grad.shape)} on {grad.device}; it was made before the parameter changed: zero_grad() first"
-                )
-            state = state_of[p]
-            if not state:
-                state.update(self._fresh(p, group))
-            rows = calls.get(device)
-            if rows is None:
-                rows = calls[device] = _Rows()
-            groups: tuple[Any, ...] = ()
-            place: Callable[[Tensor], int] = Tensor.data_ptr
-            if is_distributed(p) or is_distributed(grad):
-                place = id  # a DTensor has no address
-                groups, grad = shard_groups(p), part_of_grad(grad, p)
-                p = local(p)
-            elif grad.is_neg():
-                grad = grad.resolve_neg()  # the kernels read the memory as it is
-            rows.places.append(i)
-            rows.params.append(p)
-            rows.grads.append(grad)
-            rows.shard_groups.append(groups)
-            # What must not change while a plan is in use: where weights lie, which tensors the states are, and where,
-            # of which the first answers for all: to ask each takes a sixth of a step of small parameters.
-            states = [state.get(name) for name in names]
-            try:
-                address = p.data_ptr()
-            except RuntimeError:  # a wrapper's
-                check_memory([p], "a parameter")
-                raise
-            rows.key.append((address, p.dtype, p.shape, p.stride(), states[0] is None or place(states[0])))
-            rows.states.append(states)
-        return [
-            _Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups, counts_skipped=j == 0)
-            for j, (device, rows) in enumerate(calls.items())
-        ]
-
-    def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> AnyPlan:
-        layout = {name: group[name] for name in LAYOUT}
-        cached = self._plans.get((index, device, only))
-        if cached is not None and cached.layout == layout and cached.rows.key == rows.key:
-            same = zip(cached.rows.states, rows.states, strict=True)
-            if all(a is b for ours, theirs in same for a, b in zip(ours, theirs, strict=True)):
-                cached.plan.set_grads(rows.grads)
-                return cached.plan
-        offload = self._host_states.offload_to(device) if group["offload"] else None
-        parts = [[state if state is None else local(state) for state in states] for states in rows.states]
-        for p, states in zip(rows.params, parts, strict=True):
-            check_parameter(p, "parameters, also where `p.data` was assigned,")
-            shapes = state_shapes(p, rule=self._rule, **layout)
-            for i, (state, expected) in enumerate(zip(states, shapes, strict=True)):
-                where = torch.device("cpu") if offload is not None and i < OFFLOADED else device
-                if expected is not None and (state is None or not fits(state, *expected, where)):
-                    raise ValueError(
-                        f"the states of a parameter of shape {tuple(p.shape)} on {device} were made for another shape, "
-                        "device or block_size; make a new optimizer, or load a state_dict, after moving parameters"
-                    )
-            check_memory([p], "a parameter")
-            check_writable(p)
-            check_memory([t for t in states if t is not None], "a state")
-        if offload is not None:
-            names = self._names(group)
-            for i, j, part in self._host_states.taken_in(offload, parts):
-                p, name, before = group["params"][rows.places[i]], names[j], rows.states[i][j]
-                assert name is not None
-                self.state[p][name] = rows.states[i][j] = now = placed(name, part, p, before.shape)
-                parts[i][j] = part
-                if j == 0:
-                    rows.key[i] = (*rows.key[i][:-1], id(now) if is_distributed(now) else now.data_ptr())
-        columns = list(zip(*parts, strict=True))
-        lists = [[] if column[0] is None else list(column) for column in columns]
-        layout_of_list: dict[str, Any] = {
-            "master": group["master"],
-            "block_size": group["block_size"],
-            "keys": self._keys(index, rows.places),
-            "first_blocks": [first_block(group["params"][i], group["block_size"]) for i in rows.places],
-            "impl": OPERATION.on_device(device.type).impl,
-        }
-        plan: StepPlan | OffloadedPlan
-        if offload is None:
-            plan = StepPlan(rows.params, rows.grads, lists, **layout_of_list)
-        else:
-            plan = OffloadedPlan(rows.params, rows.grads, lists, **layout_of_list, offload=offload)
-        rows.grads = []  # the plan has them, and lets go of them with the next step's
-        self._plans[index, device, only] = _Plan(layout, rows, plan)
-        return plan
-
-    def _keys(self, index: int, places: list[int]) -> list[int]:
-        """What tells the random bits of parameters apart: their names if the optimizer knows them, else their order."""
-        names = self.param_groups[index].get("param_names")
-        if names:
-            return [int.from_bytes(hashlib.sha256(names[i].encode()).digest()[:7], "little") for i in places]
-        start = sum(len(group["params"]) for group in self.param_groups[:index])
-        return [start + i for i in places]
 
     # --------------------------------------------------------------------------------------------------- states
 
@@ -428,33 +304,3 @@ class Optimizer8bit(torch.optim.Optimizer):
         for numbers out of range.
         """
         restore(self, state_dict, super().load_state_dict)
-
-
-@dataclass
-class _Rows:
-    """The parameters of one group on one device that have a gradient."""
-
-    places: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    key: list[tuple[Any, ...]] = field(default_factory=list)
-    states: list[list[Any]] = field(default_factory=list)
-    shard_groups: list[tuple[Any, ...]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    layout: dict[str, Any]
-    rows: _Rows
-    plan: AnyPlan
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of the operation, collected before it is made."""
-
-    group: dict[str, Any]
-    device: torch.device
-    plan: AnyPlan
-    shard_groups: list[tuple[Any, ...]]
-    counts_skipped: bool

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyeff.ops._optimizer_plan import FIELDS, StepPlan
 from pyeff.ops._optimizer_states import OptimizerStates, scale_shape
-from pyeff.optim import Adam8bit, AdamW8bit, GradientRelease, Lion8bit, SGD8bit, engine
+from pyeff.optim import Adam8bit, AdamW8bit, GradientRelease, Lion8bit, SGD8bit, calls
 from pyeff.reference.optimizer_step import OptimizerRule
 
 # csrc/common/optimizer_step.h
@@ -59,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeExtension:
     steps, norms = (importlib.import_module(f"pyeff.ops.{name}") for name in ("_optimizer_plan", "global_norm"))
     for module in (steps, norms):
         monkeypatch.setattr(module, "extension", lambda: fake)
-    monkeypatch.setattr(engine, "OPERATION", SimpleNamespace(on_device=lambda device: cuda))
+    monkeypatch.setattr(calls, "OPERATION", SimpleNamespace(on_device=lambda device: cuda))
     monkeypatch.setattr(norms, "OPERATION", SimpleNamespace(explain=lambda *args, **kwargs: cuda))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: SimpleNamespace(cuda_stream=0))
