@@ -14,8 +14,8 @@ from pyeff.ops._optimizer_plan import StepPlan
 from pyeff.ops._optimizer_states import DTYPES, check_memory, check_parameter, check_writable, fits, state_shapes
 from pyeff.ops.optimizer_step import OPERATION
 from pyeff.optim.offload import OffloadedPlan
+from pyeff.optim.options import LAYOUT
 from pyeff.optim.pieces import OFFLOADED
-from pyeff.optim.saved import LAYOUT
 from pyeff.optim.sharding import first_block, is_distributed, local, part_of_grad, placed, shard_groups
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ class Call:
     device: torch.device
     plan: AnyPlan
     shard_groups: list[tuple[Any, ...]]
-    counts_skipped: bool
 
 
 class Plans:
@@ -111,8 +110,8 @@ class Plans:
             rows.key.append((address, p.dtype, p.shape, p.stride(), states[0] is None or place(states[0])))
             rows.states.append(states)
         return [
-            Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups, counts_skipped=j == 0)
-            for j, (device, rows) in enumerate(calls.items())
+            Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups)
+            for device, rows in calls.items()
         ]
 
     def _plan(self, index: int, group: dict[str, Any], device: torch.device, rows: _Rows, only: int | None) -> AnyPlan:

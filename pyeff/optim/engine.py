@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -13,16 +11,15 @@ from torch import Tensor
 
 from pyeff.ops._optimizer_states import (
     OptimizerStates,
-    check_layout,
     check_parameter,
     state_shapes,
 )
 from pyeff.ops.global_norm import global_norm
-from pyeff.ops.optimizer_step import check_rule
 from pyeff.optim.calls import Call, Plans
 from pyeff.optim.host_states import HostStates
+from pyeff.optim.options import LAYOUT, SeenOptions, check_group
 from pyeff.optim.pieces import OFFLOADED
-from pyeff.optim.saved import LAYOUT, device_of, restore
+from pyeff.optim.saved import device_of, restore
 from pyeff.optim.sharding import (
     check_split,
     is_distributed,
@@ -67,6 +64,10 @@ class Optimizer8bit(torch.optim.Optimizer):
     and a resumed checkpoint have the same bits at any number of processes (clip_norm: to the rounding of the norm). A
     split that cuts a block, which for vectors is likely, raises ValueError: give vectors a group with states="fp32".
 
+    Options in `param_groups` may be written between steps, as schedulers do; a step looks at those that changed before
+    it changes anything (an lr on a GPU is not waited for). block_size, states, master, offload and code are what states
+    were made for and cannot change after them.
+
     `state_dict` holds tensors and plain values only, names its code and continues bit for bit in a fresh optimizer.
     `load_state_dict` also reads the states of torch's and bitsandbytes' optimizers of the same rule, and refuses,
     before anything changes, states of another rule, code, layout or shape and numbers that make no sense.
@@ -101,7 +102,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             "offload": offload,
             "code": CODE,
         }
-        self._check_group(defaults)
+        self._seen_options = SeenOptions()
+        check_group(self, defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,6 +114,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_plans()
+        self._options_are_seen()
 
     def _forget_plans(self) -> None:
         """The next step looks at everything anew."""
@@ -141,22 +144,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             nesterov=bool(group.get("nesterov", False)),
         )
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("skip_nonfinite", "nesterov", "offload"):
-            if name in group and group[name] not in (True, False):
-                raise TypeError(f"{name} must be True or False; got {group[name]!r}")
-        lr = group["lr"]
-        for name in ("lr", "eps", "weight_decay", "momentum", "dampening", "clip_norm"):
-            value = group.get(name)
-            if not isinstance(value, (numbers.Real, Tensor)) and not (value is None and name != "lr"):
-                raise TypeError(f"{name} must be a number; got {value!r}")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element; got shape {tuple(lr.shape)}")
-        if "betas" in group and (not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2):
-            raise ValueError(f"betas must be two numbers in [0, 1); got {group['betas']!r}")
-        check_layout(rule=self._rule, **{name: group[name] for name in LAYOUT})
-        check_rule(self._rule_of(group, float(lr)))
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; nothing is added if one of them does not fit."""
         params = param_group["params"]
@@ -167,25 +154,52 @@ class Optimizer8bit(torch.optim.Optimizer):
                 raise ValueError("params must be different tensors; one of them is given twice")
         self._forget_plans()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            self._check_group(group)
-            for i, p in enumerate(group["params"]):
-                where = f"params[{i}] of group {len(self.param_groups) - 1}"
-                check_parameter(p, where)
-                if is_distributed(p):
-                    at_random = group["master"] in AT_RANDOM and p.dtype == torch.bfloat16
-                    in_blocks = group["states"] == "8bit"
-                    check_split(p, where, block_size=group["block_size"], in_blocks=in_blocks, at_random=at_random)
+            check_group(self, self.param_groups[-1])
+            self._check_parameters(len(self.param_groups) - 1)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device_of(group))
+        self._count_skipped_in(self.param_groups[0].get("skipped_steps"))
+        self._options_are_seen()
+
+    def _check_parameters(self, index: int) -> None:
+        """TypeError or ValueError for the first parameter of a group that cannot be stepped with its options."""
+        group = self.param_groups[index]
+        for i, p in enumerate(group["params"]):
+            where = f"params[{i}] of group {index}"
+            check_parameter(p, where)
+            if is_distributed(p):
+                at_random = group["master"] in AT_RANDOM and p.dtype == torch.bfloat16
+                in_blocks = group["states"] == "8bit"
+                check_split(p, where, block_size=group["block_size"], in_blocks=in_blocks, at_random=at_random)
+
+    def _options_are_seen(self) -> None:
+        self._seen_options = SeenOptions()
+        for index in range(len(self.param_groups)):
+            self._seen_options.note(self, index)
+
+    def check_options(self) -> None:
+        """Look at options in `param_groups` that were written since the last step, as `step` does.
+
+        Raises TypeError or ValueError for one that is out of range, and ValueError for a block_size, states, master,
+        offload or code that changed after states were made. An lr on a GPU is not waited for.
+        """
+        for index in range(len(self.param_groups)):
+            self._seen_options.check(self, index)
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because gradients were not finite; waits for the device."""
-        return max(int(group["skipped_steps"]) for group in self.param_groups)
+        return int(self.param_groups[0]["skipped_steps"]) if self.param_groups else 0
+
+    def _count_skipped_in(self, count: Tensor | None) -> Tensor:
+        """Count skipped steps in this tensor: all groups hold the same one, because a step is skipped by all."""
+        if count is None:
+            count = torch.zeros((), dtype=torch.int64, device=device_of(self.param_groups[0]))
+        for group in self.param_groups:
+            group["skipped_steps"] = count
+        return count
 
     # ----------------------------------------------------------------------------------------------------- step
 
@@ -197,26 +211,30 @@ class Optimizer8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Everything is looked at before anything is changed.
+        self.check_options()
         calls = [call for index, group in enumerate(self.param_groups) for call in self._plans.calls(index, group)]
         norms = self._norms(calls)
-        for call in calls:
-            self._take(call, norms.get(call.device), call.group["clip_norm"])
+        for i, call in enumerate(calls):
+            self._take(call, norms.get(call.device), call.group["clip_norm"], counts_skipped=i == 0)
         return loss
 
-    def _take(self, call: Call, norm: Tensor | None, clip_norm: float | None) -> None:
+    def _take(self, call: Call, norm: Tensor | None, clip_norm: float | None, *, counts_skipped: bool) -> None:
         lr: float | Tensor = call.group["lr"]
         tensor: Tensor | None = None
         if isinstance(lr, Tensor) and lr.is_cuda:
             # Read on the device, whatever its type: nothing waits for the number.
             tensor, lr = lr.to(call.device, torch.float32), 0.0
-        if call.counts_skipped and call.group["skipped_steps"].device != call.device:
-            # Parameters were moved, or those on the first one's device have no gradients this time.
-            call.group["skipped_steps"] = call.group["skipped_steps"].to(call.device)
+        count: Tensor | None = None
+        if counts_skipped and norm is not None:
+            count = call.group["skipped_steps"]
+            if count.device != call.device:
+                # Parameters were moved, or those on the first one's device have no gradients this time.
+                count = self._count_skipped_in(count.to(call.device))
         call.plan.step(
             self._rule_of({**call.group, "clip_norm": clip_norm}, float(lr)),
             norm=norm,
             lr=tensor,
-            skipped=call.group["skipped_steps"] if call.counts_skipped else None,
+            skipped=count,
         )
         call.plan.release_grads()
 
@@ -236,8 +254,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         gradients; needed by clip_norm, which takes the place of the group's. If the norm is not finite nothing is
         changed, and `skipped_steps` goes up if counts_skipped. A parameter without a gradient takes no step.
         """
+        self._seen_options.check(self, index)
         for call in self._plans.calls(index, self.param_groups[index], only=place):
-            self._take(dataclasses.replace(call, counts_skipped=counts_skipped), norm, clip_norm)
+            self._take(call, norm, clip_norm, counts_skipped=counts_skipped)
 
     def _norms(self, calls: list[Call]) -> dict[torch.device, Tensor]:
         """The norm of all gradients on each device that has some, if a group asks for it."""
@@ -293,6 +312,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         """States and options, as torch's; waits until states in host memory are those of the last step."""
         self._host_states.settle()
         found: dict[str, Any] = super().state_dict()
+        for group in found["param_groups"]:
+            group["skipped_steps"] = group["skipped_steps"].clone()  # each its own, which can be saved and loaded alone
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,3 +325,4 @@ class Optimizer8bit(torch.optim.Optimizer):
         for numbers out of range.
         """
         restore(self, state_dict, super().load_state_dict)
+        self._options_are_seen()

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyeff.ops._optimizer_states import state_shapes
 from pyeff.optim import offload
 from pyeff.optim.offload import Offload
+from pyeff.optim.options import LAYOUT
 from pyeff.optim.pieces import OFFLOADED
-from pyeff.optim.saved import LAYOUT
 from pyeff.optim.sharding import local
 
 if TYPE_CHECKING:

@@ -33,8 +33,9 @@ class GradientRelease:
     first pass only measures the norm, each gradient freed after its squares are added. clip="delayed" is an
     approximation that costs nothing: it scales by min(1, clip_norm / norm) with the norm of the *previous* step, so a
     sudden large gradient passes unclipped once, and is followed by a step that is clipped too much; the first step is
-    not clipped. The optimizer's own clip_norm and skip_nonfinite need all gradients at once and must be off. With
-    two-pass clipping a norm that is not finite takes no step at all and is counted in `skipped_steps`.
+    not clipped. The optimizer's own clip_norm and skip_nonfinite need all gradients at once and must be off: `backward`
+    raises ValueError for one that was set in `param_groups` meanwhile. With two-pass clipping a norm that is not finite
+    takes no step at all and is counted in `skipped_steps`.
 
     Parameters split by FSDP2 are stepped when the reduction has made their part of the gradient; the norm is that of
     all parts, added up by one all-reduce a pass. Every process must call `backward` alike.
@@ -68,20 +69,15 @@ class GradientRelease:
             raise ValueError(f"clip must be one of {', '.join(CLIPS)}; got {clip!r}")
         if clip_norm is not None and not 0.0 < clip_norm < math.inf:
             raise ValueError(f"clip_norm must be > 0 and finite, or None not to clip; got {clip_norm!r}")
-        for group in optimizer.param_groups:
-            if group["clip_norm"] is not None or group["skip_nonfinite"]:
-                raise ValueError(
-                    "the optimizer must have clip_norm=None and skip_nonfinite=False, which need all gradients at "
-                    "once; give clip_norm to GradientRelease"
-                )
         self.optimizer, self.clip_norm, self.clip = optimizer, clip_norm, clip
+        self._check_options()
         self._check_no_gradients()
         self.norm: Tensor | None = None
         """The norm of all gradients of the last step, float64; None before the first, or without clipping."""
         self._squares: dict[tuple[torch.device, tuple[Any, ...]], Tensor] = {}
         self._measures = self._steps = False
         self._clip_by: Tensor | None = None
-        self._counted: set[int] = set()
+        self._counted = False
         self._first = True
         for other in list(_open):
             if not self._parameters().keys().isdisjoint(other._parameters()):
@@ -121,6 +117,7 @@ class GradientRelease:
             raise ValueError("this GradientRelease was closed; make a new one")
         if not callable(loss):
             raise TypeError(f"loss must be a function that computes one loss, of the whole batch; got {loss!r}")
+        self._check_options()
         self._check_no_gradients()
         if self._first:
             self._check_no_replicas()
@@ -143,6 +140,15 @@ class GradientRelease:
 
     def _parameters(self) -> dict[int, Tensor]:
         return {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+
+    def _check_options(self) -> None:
+        self.optimizer.check_options()
+        for group in self.optimizer.param_groups:
+            if group["clip_norm"] is not None or group["skip_nonfinite"]:
+                raise ValueError(
+                    "the optimizer must have clip_norm=None and skip_nonfinite=False, which need all gradients at "
+                    "once; give clip_norm to GradientRelease"
+                )
 
     def _check_no_gradients(self) -> None:
         for p in self._parameters().values():
@@ -190,7 +196,7 @@ class GradientRelease:
             )
 
     def _pass(self, value: Tensor, *, measures: bool, steps: bool) -> None:
-        self._squares, self._counted = {}, set()
+        self._squares, self._counted = {}, False
         self._measures, self._steps = measures, steps
         try:
             value.backward()
@@ -237,9 +243,9 @@ class GradientRelease:
                     place,
                     norm=norm,
                     clip_norm=None if norm is None else self.clip_norm,
-                    counts_skipped=index not in self._counted,
+                    counts_skipped=not self._counted,
                 )
-                self._counted.add(index)
+                self._counted = True
             if p.grad.is_cuda and is_distributed(p.grad):
                 # FSDP2 makes parts on one stream and may run this hook on another.
                 local(p.grad).record_stream(torch.cuda.current_stream(p.device))

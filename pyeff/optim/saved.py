@@ -12,14 +12,12 @@ from torch import Tensor
 
 from pyeff.ops._optimizer_states import check_memory, state_shapes
 from pyeff.optim.convert import converted
+from pyeff.optim.options import LAYOUT, check_group
 from pyeff.optim.pieces import OFFLOADED
 from pyeff.optim.sharding import is_distributed, is_split, part_of, placed
 
 if TYPE_CHECKING:
     from pyeff.optim.engine import Optimizer8bit
-
-# What decides which states there are; a state_dict that differs in one of these cannot be read.
-LAYOUT = ("states", "master", "block_size")
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,14 @@ def restore(optimizer: Optimizer8bit, state_dict: dict[str, Any], load: Callable
                 home = torch.device("cpu") if name in on_host.get(p, ()) else p.device
                 part = part.detach().to(home, copy=True).contiguous()
                 state[name] = placed(name, part, p, value.tensor.shape)
+    # One for all groups; each counted alone once, and a step that one of them missed is not to be found any more.
+    skipped = max((int(group["skipped_steps"]) for group in optimizer.param_groups), default=0)
+    if optimizer.param_groups:
+        device = device_of(optimizer.param_groups[0])
+        optimizer._count_skipped_in(torch.tensor(skipped, dtype=torch.int64, device=device))
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
-        group["skipped_steps"] = torch.as_tensor(group["skipped_steps"]).to(device_of(group), copy=True)
 
 
 def device_of(group: dict[str, Any]) -> torch.device:
@@ -102,7 +104,7 @@ def check_state_dict(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> No
             if name not in theirs and name not in ("param_names", "offload"):
                 raise ValueError(f"{where} lacks {name}; it was not written by {type(optimizer).__name__}")
         try:
-            optimizer._check_group({**theirs, "offload": ours["offload"]})
+            check_group(optimizer, {**theirs, "offload": ours["offload"]})
             _check_count(theirs["skipped_steps"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None

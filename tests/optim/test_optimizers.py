@@ -792,10 +792,6 @@ def test_states_that_no_longer_fit_their_parameter_are_noticed() -> None:
     optimizer = AdamW8bit([p])
     p.grad = torch.ones(600)
     optimizer.step()
-    optimizer.param_groups[0]["block_size"] = 64
-    with pytest.raises(ValueError, match="another shape, device or block_size"):
-        optimizer.step()
-    optimizer.param_groups[0]["block_size"] = 256
     p.data, p.grad = torch.ones(700), None
     p.grad = torch.ones(700)
     with pytest.raises(ValueError, match="another shape, device or block_size"):
