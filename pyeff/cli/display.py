@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pyeff.cli.record import Event, Spending, estimate_text, load_run, observation
+from pyeff.cli.record import Event, Spending, batch_selection_text, estimate_text, load_run, memory_text, observation
 from pyeff.cli.units import Scale, duration, loss_text, number, percent, plural
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -60,6 +60,7 @@ class Progress:
         self.gain: tuple[float, float] | None = None
         self.exact: Event | None = None
         self.selection: Event | None = None
+        self.kept = (0, 0)  # of the candidates in all batches
         self.doing = "loading model and data"
         self.resumed_at = 0.0
         self.end: Event | None = None
@@ -112,6 +113,9 @@ class Progress:
 
     def _on_step(self, event: Event) -> None:
         self.last_step = event
+        if event.get("candidates"):
+            kept, candidates = self.kept
+            self.kept = (kept + int(event["kept"]), candidates + int(event["candidates"]))
         if event["loss"] is not None:
             self.losses.append(float(event["loss"]))
         self.doing = "cooldown" if event["phase"] == "cooldown" else "training"
@@ -209,6 +213,8 @@ class LiveDisplay(Progress):
         if self.selection is not None:
             kept = self.selection
             rows.add_row("selection", f"{kept['kept']} of {kept['of']} samples kept at step {kept['step']}")
+        if self.kept[1]:
+            rows.add_row("batches", f"{self.kept[0]:,} of {self.kept[1]:,} candidates kept ({percent(*self.kept)})")
         rows.add_row("decision", self._decision())
         name = self.model.get("name", "model")
         title = f"pyeff · {name} · {self.policy} · budget {self.scale.text(self.budget)}"
@@ -328,7 +334,10 @@ class PlainDisplay(Progress):
             gain = ""
             if self.gain is not None:
                 gain = f" [gain {number(self.gain[0])} nats per {self.scale.rate_name}]"
-            return self._at(f"{event['action']}: {event['reason']}{gain}")
+            chosen = ""
+            if event.get("batch_selection"):
+                chosen = f"; {batch_selection_text(event['batch_selection'], self.scale, self.budget)}"
+            return self._at(f"{event['action']}: {event['reason']}{gain}{chosen}")
         if kind == "score":
             took = f" in {duration(event['seconds'])}" if event.get("seconds") is not None else ""
             flops = Scale.of("flops", event["flops"]).text(event["flops"])
@@ -375,8 +384,9 @@ def _announcement(start: Event) -> str:
     scale = Scale.of(start["budget"]["unit"], float(start["budget"]["amount"]))
     budget = scale.text(start["budget"]["amount"])
     first = f"{start['model'].get('name', 'model')}, {start['policy']} policy, budget {budget}"
-    estimate = estimate_text(start)
-    return f"{first}\nEstimate: {estimate}." if estimate else first
+    estimate, memory = estimate_text(start), memory_text(start)
+    lines = [first, *([f"Memory: {memory}."] if memory else []), *([f"Estimate: {estimate}."] if estimate else [])]
+    return "\n".join(lines)
 
 
 def _warning(event: Event) -> str:

@@ -47,7 +47,7 @@ FIELD_COLOURS = {
 FIELD_LABELS = {
     "train": "training",
     "cooldown": "cooldown",
-    "score": "scoring the pool",
+    "score": "scoring",
     "eval": "evaluation",
     "probe": "probing",
     "discarded": "lost to a restart",

@@ -73,7 +73,11 @@ class Spending:
             return
         kind = event["kind"]
         name = event.get("phase", "train") if kind == "step" else _FIELD_OF.get(kind, "eval")
-        self.by_field[name] = self.by_field.get(name, 0.0) + spent - self.total
+        # Of a step that chose among candidates, what that took.
+        chosen = min(event.get("scored") or 0.0, spent - self.total) if kind == "step" else 0.0
+        for field_name, amount in ((name, spent - self.total - chosen), ("score", chosen)):
+            if amount:
+                self.by_field[field_name] = self.by_field.get(field_name, 0.0) + amount
         self.total = spent
 
 
@@ -137,6 +141,12 @@ class RunRecord:
     def of(self, kind: str) -> list[Event]:
         """All events of one kind."""
         return [e for e in self.events if e["kind"] == kind]
+
+    @property
+    def batch_selection(self) -> dict[str, Any] | None:
+        """What was chosen within batches and what that took, as far as the events tell; None where all is taken."""
+        found = [e["batch_selection"] for e in self.events if isinstance(e.get("batch_selection"), dict)]
+        return found[-1] if found else None
 
     def spent_at(self, event: Event) -> float:
         """What was spent when `event` was written; the latest known amount where it does not say."""
@@ -328,3 +338,26 @@ def estimate_text(start: Event) -> str:
         amount = float(estimates["cooldown_reserve"])
         said.append(f"{Scale.of(unit, budget).text(amount)} kept for the cooldown")
     return ", ".join(said)
+
+
+def memory_text(start: Event) -> str:
+    """What the planner chose within `memory`, and what it predicts; empty where nothing was planned."""
+    from pyeff.memory.plans import size_text
+
+    plan = start.get("memory")
+    if not isinstance(plan, dict):
+        return ""
+    return (
+        f"checkpointing {plan['checkpointing']}, micro_batch_tokens {plan['micro_batch_tokens']}: a step is predicted "
+        f"to need {size_text(plan['predicted_peak'])} of {size_text(plan['limit'])}, in the {plan['peak_phase']}"
+    )
+
+
+def batch_selection_text(chosen: Mapping[str, Any], scale: Scale, budget: float) -> str:
+    """What was kept of the candidates and what choosing took."""
+    kept, candidates = int(chosen["kept"]), int(chosen["candidates"])
+    cost = "nothing"
+    if chosen["spent"]:
+        cost = f"{scale.text(chosen['spent'])} ({percent(chosen['spent'], budget)} of the budget)"
+    share = percent(kept, candidates) if candidates else "nothing yet"
+    return f"{chosen['method']} kept {kept:,} of {candidates:,} candidates ({share}), which took {cost}"

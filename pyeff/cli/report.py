@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyeff.cli import plots
-from pyeff.cli.record import RunRecord, estimate_text, flatten, observation
+from pyeff.cli.record import RunRecord, batch_selection_text, estimate_text, flatten, observation
 from pyeff.cli.units import Scale, duration, loss_text, number, percent, plural
 from pyeff.cli.verdict import verdict
 from pyeff.errors import UserError
@@ -131,6 +131,11 @@ def facts(record: RunRecord) -> str:
             rows.append((f"{exact['before']} → {exact['after']} of {exact['total']}", "answers exactly right"))
     rows.append((record.scale.of_total(record.spent, record.budget), "of the budget spent"))
     scored = record.where_the_budget_went().get("score", 0.0)
+    chosen = record.batch_selection
+    if chosen is not None:
+        scored = max(scored - chosen["spent"], 0.0)
+        share = percent(chosen["spent"], record.budget) if chosen["spent"] else "nothing"
+        rows.append((share, f"spent on choosing {percent(chosen['kept'], chosen['candidates'])} of each batch"))
     rows.append((percent(scored, record.budget) if scored else "nothing", "spent on scoring the pool"))
     steps = record.of("step")
     rows.append((duration(record.seconds), f"on the clock, {plural(len(steps), 'step')}"))
@@ -257,11 +262,28 @@ def _spending(record: RunRecord) -> str:
 
 
 def _samples(record: RunRecord, pictures: dict[str, bytes]) -> str:
+    return _of_the_pool(record, pictures) + _within_batches(record)
+
+
+def _within_batches(record: RunRecord) -> str:
+    """What was kept of each source's candidates."""
+    chosen = record.batch_selection
+    if chosen is None:
+        return ""
+    rows = [[source, *counts, percent(*counts)] for source, counts in sorted(chosen["by_source"].items())]
+    rows.append(["total", chosen["kept"], chosen["candidates"], percent(chosen["kept"], chosen["candidates"])])
+    text = batch_selection_text(chosen, record.scale, record.budget)
+    header = ["source", "kept within batches", "candidates", "share"]
+    classes = [""] * (len(rows) - 1) + ["total"]
+    return f"<p>Within each batch {esc(text)}.</p>" + table(header, rows, numeric=range(1, 4), classes=classes)
+
+
+def _of_the_pool(record: RunRecord, pictures: dict[str, bytes]) -> str:
     selections = record.of("select")
     if not selections:
         pool = record.start.get("pool") or {}
         size = f"{pool['samples']} samples" if "samples" in pool else "samples"
-        return f"<p>None were chosen: all {esc(size)} of the pool were drawn alike.</p>"
+        return f"<p>None were chosen of the pool: all its {esc(size)} were drawn alike.</p>"
     last = selections[-1]
     parts = [picture(pictures["samples"], "Share of each source that the last selection kept")]
     selector = (record.start.get("config") or {}).get("selector")

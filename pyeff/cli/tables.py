@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyeff.cli import compare
-from pyeff.cli.record import RunRecord
+from pyeff.cli.record import RunRecord, batch_selection_text
 from pyeff.cli.units import Scale, duration, loss_text, percent, plural
 from pyeff.cli.verdict import verdict
 
@@ -44,6 +44,8 @@ def summary(record: RunRecord) -> RenderableType:
     chosen = record.of("select")
     if chosen:
         results.add_row("selection", "; ".join(f"step {e['step']}: {e['kept']} of {e['of']} kept" for e in chosen))
+    if record.batch_selection is not None:
+        results.add_row("batches", batch_selection_text(record.batch_selection, record.scale, record.budget))
     made = [e["action"] for e in record.of("decision")]
     results.add_row("decisions", ", ".join(f"{made.count(a)} × {a}" for a in dict.fromkeys(made)) or "none")
     results.add_row(

@@ -63,4 +63,7 @@ def verdict(record: RunRecord) -> Verdict:
         headline = f"Selection paid by the run's own estimate. {change}."
     else:
         headline = f"Selection did not pay. {change}."
+    if record.batch_selection is not None:
+        method = record.batch_selection["method"]
+        headline += f" Each step chose within its batch by {method}: only a run without that tells what it was worth."
     return Verdict(paid, headline, detail)

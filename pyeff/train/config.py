@@ -197,7 +197,10 @@ class RunConfig(_Strict):
     @classmethod
     def _memory_is_a_size(cls, value: str | int | None) -> str | int | None:
         if value is not None:
-            parse_size(value)
+            try:
+                parse_size(value)
+            except ValueError as error:  # the key stands before the message
+                raise ValueError(str(error).removeprefix("memory ")) from error
         return value
 
     @field_validator("governor")
@@ -373,7 +376,11 @@ def parse_config(values: Any, *, name: str = "configuration", kind: type[Any] = 
             message = "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
         elif first["type"] == "missing":
             message = "is missing"
-        elif "input" in first and not isinstance(first["input"], (dict, list, BaseModel)):
+        elif (
+            "input" in first
+            and not isinstance(first["input"], (dict, list, BaseModel))
+            and repr(first["input"]) not in message  # our own messages say what came
+        ):
             message += f" (got {first['input']!r})"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{name}: {where}: {message}{more}") from error

@@ -81,6 +81,45 @@ def test_lines_come_once_for_each_part_of_the_budget_and_for_every_decision(make
     assert "9.6 TFLOP (24 % of the budget) to score the pool" in lines[1]
 
 
+def with_batch_selection(events: list[dict]) -> list[dict]:
+    """The events of a run whose steps kept half of their candidates."""
+    found, kept = [], 0
+    for event in events:
+        event = dict(event)
+        if event["kind"] == "step":
+            kept += 4
+            event |= {"kept": 4, "candidates": 8, "scored": 1e9}
+        if event["kind"] in ("decision", "end"):
+            counts = {"kept": kept, "candidates": 2 * kept, "by_source": {"sums": [kept, 2 * kept]}}
+            event["batch_selection"] = {"method": "greats", "spent": 1e9 * kept / 4, **counts}
+        found.append(event)
+    return found
+
+
+def test_what_is_kept_of_the_candidates_and_what_that_took_is_shown(make_run):
+    events = with_batch_selection(load_run(make_run()).events)
+    shown = LiveDisplay(terminal())
+    for event in events:
+        shown(event)
+    steps = sum(event["kind"] == "step" for event in events)
+    assert f"{4 * steps:,} of {8 * steps:,} candidates kept (50 %)" in panel(shown)
+    assert any("greats kept 20 of 40 candidates (50 %), which took" in line for line in plain_lines(events))
+
+
+def test_what_the_planner_chose_is_announced(make_run):
+    start = dict(load_run(make_run()).events[0])
+    assert not any("Memory" in line for line in plain_lines([start]))
+    start["memory"] = {
+        "limit": 20_000_000_000,
+        "predicted_peak": 3_200_000_000,
+        "peak_phase": "optimizer step",
+        "checkpointing": "layer",
+        "micro_batch_tokens": 256,
+    }
+    words = "checkpointing layer, micro_batch_tokens 256: a step is predicted to need 3.2 GB of 20 GB"
+    assert any(words in line for line in plain_lines([start]))
+
+
 def test_lines_hold_no_markup_and_no_colour(make_run):
     events = list(load_run(make_run()).events)
     warning = {"kind": "warning", "message": "[red]disk[/red] nearly full", "spent": 0.0}

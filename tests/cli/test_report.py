@@ -163,3 +163,23 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(make_run):
 def test_pictures_tell_lines_apart_without_colour():
     marks = [mark for mark, _ in plots.ACTION_MARKS.values()]
     assert len(set(marks)) == len(marks)
+
+
+def test_what_was_kept_within_batches_is_on_the_page_by_source(make_run):
+    run = make_run(policy="uniform")
+    plain = load_run(run)
+    assert "within its batch" not in verdict(plain).headline
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events[-1]["batch_selection"] = {
+        "method": "greats",
+        "kept": 30,
+        "candidates": 64,
+        "spent": 0.25 * plain.budget,
+        "by_source": {"sums": [24, 32], "noise": [6, 32]},
+    }
+    (run / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    text = " ".join(page_of(run).within("td") + page_of(run).within("p"))
+    assert "noise 6 32 19 %" in text
+    assert "greats kept 30 of 64 candidates (47 %), which took" in text
+    assert "(25 % of the budget)" in text
+    assert "only a run without that tells" in verdict(load_run(run)).headline

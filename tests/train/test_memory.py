@@ -34,6 +34,11 @@ def config(task_config: dict[str, Any], tmp_path: Path) -> Callable[..., RunConf
     return make
 
 
+def size(nbytes: int) -> str:
+    """As a configuration may say it: a number as small without its unit is taken for a slip."""
+    return f"{nbytes}B"
+
+
 def peak_of(job: Job) -> int:
     assert job.step_shape.plan is not None
     return job.step_shape.plan.peak.total
@@ -45,7 +50,7 @@ def test_less_memory_means_smaller_micro_batches_or_recomputation(config, tmp_pa
     least = 0
     for limit in range(peak_of(plenty) - 1, 0, -20_000):
         try:
-            job = Job(config(memory=limit), tmp_path)
+            job = Job(config(memory=size(limit)), tmp_path)
         except UserError:
             break
         assert peak_of(job) <= limit
@@ -59,8 +64,8 @@ def test_attention_is_kept_where_not_everything_fits(config, tmp_path: Path):
     asked = peak_of(Job(config(memory="1GB", checkpointing="attention", **fixed), tmp_path))
     assert asked < everything
     for limit in (everything - 1, asked):
-        assert Job(config(memory=limit, **fixed), tmp_path).step_shape.checkpointing == "attention"
-    run = train_run(config(memory=asked, **fixed))
+        assert Job(config(memory=size(limit), **fixed), tmp_path).step_shape.checkpointing == "attention"
+    run = train_run(config(memory=size(asked), **fixed))
     start = next(event for event in read_events(run.out / "events.jsonl") if event["kind"] == "start")
     assert start["memory"]["checkpointing"] == "attention"
     assert start["memory"]["predicted_peak"] == asked
@@ -71,7 +76,7 @@ def test_attention_with_dropout_is_never_chosen_to_be_kept(config, tiny, tmp_pat
     chosen = set()
     for limit in range(2_000_000, 100_000, -100_000):
         try:
-            chosen.add(Job(config(memory=limit, model=str(directory)), tmp_path).step_shape.checkpointing)
+            chosen.add(Job(config(memory=size(limit), model=str(directory)), tmp_path).step_shape.checkpointing)
         except UserError:
             break
     assert chosen == {"none", "layer"}
@@ -116,13 +121,13 @@ def _order(job: Job) -> Any:
 
 def test_a_run_says_what_was_planned_and_goes_on_the_same_way(config, tmp_path: Path):
     limit = peak_of(Job(config(memory="1GB"), tmp_path)) - 1
-    result = train_run(config(memory=limit))
+    result = train_run(config(memory=size(limit)))
     start = next(event for event in read_events(result.out / "events.jsonl") if event["kind"] == "start")
     assert start["memory"]["limit"] == limit
     assert start["memory"]["predicted_peak"] <= limit
     assert sum(start["memory"]["by_component"].values()) == start["memory"]["predicted_peak"]
-    assert json.loads((result.out / "result.json").read_text())["config"]["memory"] == limit
-    assert train_run(resume=result.out, config=config(memory=limit)).steps == result.steps
+    assert json.loads((result.out / "result.json").read_text())["config"]["memory"] == size(limit)
+    assert train_run(resume=result.out, config=config(memory=size(limit))).steps == result.steps
 
 
 def test_too_little_memory_ends_in_one_sentence_with_the_nearest_option(config, tmp_path: Path):
@@ -134,5 +139,19 @@ def test_too_little_memory_ends_in_one_sentence_with_the_nearest_option(config, 
 
 @pytest.mark.parametrize("size", ["a lot", "-3GB", 0, "0GB", -5])
 def test_a_size_that_is_none_is_refused(config, size: Any):
-    with pytest.raises(UserError, match="memory: memory must be a positive size"):
+    with pytest.raises(UserError, match="memory: must be a positive size"):
         config(memory=size)
+
+
+def test_a_size_that_cannot_be_read_is_shown_once(config):
+    with pytest.raises(UserError) as error:
+        config(memory="lots")
+    assert str(error.value).count("lots") == 1
+    assert "memory: must be a positive size" in str(error.value)
+
+
+def test_a_size_without_its_unit_is_refused_with_a_hint(config):
+    for size in (24, "24"):
+        with pytest.raises(UserError, match=r'memory: must be a size with its unit, such as "24GB", got .*24'):
+            config(memory=size)
+    assert config(memory=2**20).memory == 2**20

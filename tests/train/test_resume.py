@@ -59,10 +59,26 @@ def history(out: Path) -> list[dict[str, Any]]:
     return events
 
 
-@pytest.fixture(scope="module", params=["flops", "tokens"])
+@pytest.fixture(scope="module", params=["flops", "tokens", "opus", "greats"])
 def runs(request: pytest.FixtureRequest, task_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory):
     if request.param == "flops":
         config, kills = {**task_config, "budget": "8e8F"}, KILLS
+    elif request.param == "opus":
+        # What is chosen depends on the 8-bit moments, the rate, the target samples that come next, and on draws.
+        config = {**task_config, "budget": "1e9F", "batch_selection": {"method": "opus"}}
+        kills = {
+            "while candidates are passed": [{"at": "charge", "n": 30}, {"at": "charge", "n": 40}],
+            "in a later checkpoint's tensors": [{"at": "tensors", "n": 7}],
+        }
+    elif request.param == "greats":
+        config = {
+            **task_config,
+            "budget": "1e9F",
+            "batch_selection": {"method": "greats", "defer": False},
+            "lora": {"rank": 4, "dropout": 0.1},
+            "optimizer": {"states": "32bit", "lr": 1e-2},
+        }
+        kills = {"between two passes": [{"at": "charge", "n": 70}], "at the very end": [{"at": "result", "n": 1}]}
     else:
         # Dropout draws random numbers in every step; 32-bit states have another state dictionary.
         config = {
@@ -113,6 +129,8 @@ def test_work_done_twice_is_charged_to_discarded_and_to_nothing_else(runs: dict[
         for field in whole:
             if field != "discarded":
                 assert own[field]["flops"] == whole[field]["flops"], (name, field)
-    lost = runs["before the first checkpoint"]
+    lost = runs.get(
+        "before the first checkpoint", runs.get("while candidates are passed", runs.get("between two passes"))
+    )
     assert ledger(lost)["discarded"]["flops"] > 0
     assert ledger(lost)["discarded"]["seconds"] > 0

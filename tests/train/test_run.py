@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -427,3 +428,33 @@ def test_a_run_claims_of_its_selection_only_what_lies_outside_both_extrapolation
 def test_a_run_without_a_selection_or_without_a_trend_claims_nothing():
     for first in (None, FirstRefresh(trained=1.0, loss=3.0, trend=None, cost=0.5, anchors=[3.0, 3.1])):
         assert selection_paid(first, [1.0, 1.0], spent=4.0, log_scatter=0.5)[0] is None
+
+
+@pytest.mark.parametrize("keep", [1, 4])
+def test_as_many_checkpoints_stay_as_were_asked_for(start, keep: int):
+    result = start(keep_checkpoints=keep, checkpoint_every=0.1)
+    kept = checkpoint.complete_checkpoints(result.out / "checkpoints")
+    made = [event["step"] for event in events_of(result, "checkpoint")]
+    assert len(made) > 4
+    assert [int(path.name.removeprefix("step-")) for path in kept] == made[-keep:]
+
+
+def test_a_run_that_was_trained_out_makes_no_further_step_when_it_is_resumed(start, monkeypatch, tmp_path: Path):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_model", killed)
+        with pytest.raises(Killed):
+            start(policy="uniform")
+    draw = batches.Batches.draw
+    # The batch after the one that did not fit may be smaller, and would fit.
+    monkeypatch.setattr(
+        batches.Batches, "draw", lambda *args: dataclasses.replace(draw(*args), flops=0, micro_batches=[])
+    )
+    steps = [e["step"] for e in read_events(tmp_path / "out" / "events.jsonl") if e["kind"] == "step"]
+    result = train_run(resume=tmp_path / "out")
+    assert result.steps == steps[-1]
