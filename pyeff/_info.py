@@ -14,7 +14,7 @@ import torch
 from pyeff import __version__
 from pyeff._extension import extension, extension_problem
 from pyeff.ops import OPERATIONS
-from pyeff.ops._dispatch import Explanation
+from pyeff.ops._dispatch import Explanation, device_of
 
 __all__ = ["Explanation", "Info", "explain", "info"]
 
@@ -101,8 +101,9 @@ def _extension_facts() -> dict[str, str]:
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which implementation `op(*args, **kwargs)` would use, and why not the others.
 
-    `op` is a name or the public function; the other arguments are those of the call. Nothing is computed. Raises what
-    the call would raise when an explicit `impl` cannot be used.
+    `op` is a name or the public function; the other arguments are those of the call. Nothing is computed. Where an
+    explicit `impl` cannot be used, the call would raise, `impl` is "none" and `refused` says why. Raises `ValueError`
+    for an operation or implementation that there is not.
 
     >>> import pyeff, torch
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
@@ -113,4 +114,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPERATIONS:
         raise ValueError(f"op must be one of {', '.join(OPERATIONS)}; got {name!r}")
-    return OPERATIONS[name].explain(*args, **kwargs)
+    operation, impl = OPERATIONS[name], kwargs.get("impl", "auto")
+    if impl != "auto":
+        asked = {key: value for key, value in kwargs.items() if key != "impl"}
+        problem = operation.problem(impl, *args, **asked)
+        if problem is not None:
+            reason = f"impl={impl!r} was asked for and cannot run"
+            return Explanation(name, device_of((args, asked)), "none", reason, {impl: problem})
+    return operation.explain(*args, **kwargs)

@@ -45,6 +45,17 @@ def test_explain_takes_a_name_or_the_function() -> None:
     assert by_name == pyeff.explain(pyeff.linear_cross_entropy_scores, HIDDEN, WEIGHT, TARGETS)
 
 
+def test_an_implementation_that_cannot_take_the_call_is_explained_and_the_call_raises() -> None:
+    found = pyeff.explain("global_norm", [HIDDEN], impl="cuda")
+    assert (found.impl, found.device) == ("none", "cpu")
+    assert "these are on cpu" in found.refused["cuda"]
+    assert "cannot run" in str(found)
+    with pytest.raises(RuntimeError, match="these are on cpu"):
+        OPERATIONS["global_norm"].explain([HIDDEN], impl="cuda")
+    with pytest.raises(ValueError, match="impl must be 'auto' or one of"):
+        pyeff.explain("global_norm", [HIDDEN], impl="fortran")
+
+
 def test_unknown_operation_is_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match=r"op must be one of .*linear_cross_entropy_scores"):
         pyeff.explain("nonsense")

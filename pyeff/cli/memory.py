@@ -93,14 +93,20 @@ def _layers(plan: Plan) -> Table:
 
 def _options(plan: Plan) -> Table:
     table = Table(
-        title="Options, best first", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title="Options: what buys most alone, then best first",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("change")
     timed = plan.seconds is not None
     for name in ("peak", "step", "fits") if timed else ("peak", "fits"):
         table.add_column(name, justify="right")
     single = [option for option in plan.options if len(option.changes) <= 1]
-    shown = [*plan.options[:_OPTIONS_SHOWN], *(o for o in single if o not in plan.options[:_OPTIONS_SHOWN])]
+    first = [] if plan.best_change is None else [plan.best_change]
+    ranked = [option for option in plan.options if option not in first]
+    shown = [*first, *ranked[:_OPTIONS_SHOWN], *(o for o in single if o not in [*first, *ranked[:_OPTIONS_SHOWN]])]
     for option in shown:
         fits = "" if option.fits is None else "yes" if option.fits else "no"
         time = [_time(option.seconds)] if timed else []

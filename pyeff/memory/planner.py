@@ -92,7 +92,7 @@ def plan(
     >>> found.best_change.name
     'batch 1 accumulated'
     """
-    bytes_given = parse_size(device_memory) if device_memory is not None else None
+    bytes_given = parse_size(device_memory, name="device_memory") if device_memory is not None else None
     source = Source(model, dtype, inputs)
     targets = tuple(lora_targets) if lora_rank else ()
     settings = Settings(

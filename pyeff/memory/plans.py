@@ -16,6 +16,8 @@ DType = Literal["float32", "bfloat16"]
 Release = Literal["none", "one-pass", "two-pass"]
 Compress = Literal["fp8", "int8"]
 
+# Nothing is trained in so few bytes: a smaller number was meant in another unit.
+_LEAST_BARE = 2**20
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -232,13 +234,14 @@ class Plan:
         }
 
 
-def parse_size(value: int | str) -> int:
+def parse_size(value: int | str, *, name: str = "memory") -> int:
     """Bytes of a number or of text like "24GB" (10^9) or "24GiB" (2^30).
 
-    Raises ValueError for what is no positive size.
+    ``name`` is what errors call the value. Raises ValueError for what is no positive size, and for a number without a
+    unit below 2^20: its unit was forgotten.
 
-    >>> parse_size("20GB"), parse_size("1.5 GiB"), parse_size(100)
-    (20000000000, 1610612736, 100)
+    >>> parse_size("20GB"), parse_size("1.5 GiB"), parse_size(2**24)
+    (20000000000, 1610612736, 16777216)
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -247,7 +250,9 @@ def parse_size(value: int | str) -> int:
     except ValidationError:
         size = 0
     if size <= 0 or isinstance(value, bool):
-        raise ValueError(f'memory must be a positive size such as "24GB" or "80GiB", got {value!r}')
+        raise ValueError(f'{name} must be a positive size such as "24GB" or "80GiB", got {value!r}')
+    if size < _LEAST_BARE and (not isinstance(value, str) or value.strip()[-1:].isdigit()):
+        raise ValueError(f'{name} must be a size with its unit, such as "24GB", got {value!r}, which is {size} bytes')
     return size
 
 

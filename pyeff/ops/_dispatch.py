@@ -59,7 +59,7 @@ def environment_problem(impl: str, device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation a call would use, and why not the others."""
+    """Which implementation a call would use ("none" where the one asked for cannot run), and why not the others."""
 
     operation: str
     device: str
@@ -103,13 +103,9 @@ class Operation:
 
     def explain(self, *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
         """The implementation this call would use; ValueError or RuntimeError if an explicit one cannot."""
-        device = next((tensor.device.type for tensor in _tensors((args, kwargs))), "cpu")
+        device = device_of((args, kwargs))
         if impl != "auto":
-            if impl not in self.implementations:
-                raise ValueError(
-                    f"impl must be 'auto' or one of {', '.join(self.implementations)} for {self.name}; got {impl!r}"
-                )
-            problem = self.environment(impl, device) or self.limits(impl, *args, **kwargs)
+            problem = self.problem(impl, *args, **kwargs)
             if problem:
                 raise RuntimeError(f"{self.name}: impl={impl!r} cannot be used: {problem}")
             return Explanation(self.name, device, impl, "asked for")
@@ -125,6 +121,14 @@ class Operation:
             refused[name] = problem
         raise AssertionError(f"{self.name} has no reference implementation")
 
+    def problem(self, impl: str, *args: Any, **kwargs: Any) -> str | None:
+        """Why an explicit `impl` cannot take this call here, or None; ValueError for one that there is not."""
+        if impl not in self.implementations:
+            raise ValueError(
+                f"impl must be 'auto' or one of {', '.join(self.implementations)} for {self.name}; got {impl!r}"
+            )
+        return self.environment(impl, device_of((args, kwargs))) or self.limits(impl, *args, **kwargs)
+
     def on_device(self, device: str) -> Explanation:
         """What `auto` takes on a device type, limits of the arguments aside."""
         refused: dict[str, str] = {}
@@ -134,6 +138,11 @@ class Operation:
                 return Explanation(self.name, device, name, "first in order that can run", refused)
             refused[name] = problem or "the interpreter is for tests"
         raise AssertionError(f"{self.name} has no reference implementation")
+
+
+def device_of(arguments: Any) -> str:
+    """The type of the device that a call's first tensor is on; "cpu" without any."""
+    return next((tensor.device.type for tensor in _tensors(arguments)), "cpu")
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -22,9 +22,22 @@ def test_the_plan_is_shown_and_drawn(directory: Path, capsys: pytest.CaptureFixt
     arguments = ["--seq-len", "64", "--batch", "4", "--device-memory", "3MB", "--rates", "400,2600", "--device", "cpu"]
     assert run_app(["plan", str(directory), *arguments, "--plot", str(plot)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("at its fullest", "optimizer step", "Options, best first", "as given", "Largest that fits"):
+    for words in ("at its fullest", "optimizer step", "Options: what buys most", "as given", "Largest that fits"):
         assert words in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("limit", ["3MB", "6MB"])
+def test_the_single_change_that_buys_most_stands_first(directory: Path, capsys: pytest.CaptureFixture[str], limit: str):
+    arguments = ["plan", str(directory), "--seq-len", "64", "--batch", "4", "--device-memory", limit]
+    assert run_app([*arguments, "--json"]) == 0
+    change = json.loads(capsys.readouterr().out)["best_change"]
+    assert run_app(arguments) == 0
+    shown = capsys.readouterr().out
+    rows = shown[shown.index("Options") :].split("─ \n")[1].splitlines()
+    assert len(change) == 1
+    ((key, value),) = change.items()
+    assert rows[0].strip().startswith(key if value is True else f"{key} {value}")
 
 
 def test_json_is_the_whole_plan(directory: Path, capsys: pytest.CaptureFixture[str]):
@@ -72,6 +85,7 @@ def test_what_fits_nothing_says_so(directory: Path, capsys: pytest.CaptureFixtur
     [
         (["--seq-len", "0"], "seq_len must be at least 1"),
         (["--seq-len", "8", "--device-memory", "-1GB"], "memory must be a positive size"),
+        (["--seq-len", "8", "--device-memory", "24"], 'device_memory must be a size with its unit, such as "24GB"'),
         (["--seq-len", "8", "--rates", "fast"], "--rates takes TFLOP/s and GB/s"),
         (["--seq-len", "8", "--gpu", "abacus"], "gpu must be one of"),
         (["--seq-len", "8", "--offload"], "offload needs one of pyeff's optimizers"),
