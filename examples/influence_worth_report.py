@@ -1,0 +1,345 @@
+"""Tables and figure of `influence_worth.py`, from the cells that are finished.
+
+A training is read at a budget as one who stops early would: of its points that the budget reaches, the one of lowest
+validation loss, and there the loss of the holdout. Losses are means over seeds with 95 % intervals of Student's t;
+differences are paired by seed, p is that of the two-sided paired t-test, adjusted by Holm's method for the methods that
+are compared in one column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from data_diet_report import Estimate, estimate, holm, tera
+from influence_worth import ARMS, SEEDS, SELECTORS, Settings, cells
+
+from pyeff._files import write_atomic, write_text_atomic
+from pyeff.selection import SelectionPayBack
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "influence_worth.md"
+FIGURE = ROOT / "docs" / "images" / "influence_worth.png"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+COLORS = {
+    "random": "0.45",
+    "bm25": "tab:green",
+    "rds_plus": "tab:blue",
+    "el2n": "tab:red",
+    "less": "tab:purple",
+    "fresh": "black",
+    "target": "tab:orange",
+}
+Reading = Callable[[str, int], float | None]
+"""The holdout's loss of an arm and a seed; None where that is not there, or cannot be afforded."""
+
+
+def point_within(curve: Sequence[dict[str, Any]], flops: float) -> dict[str, Any] | None:
+    """Of the points that cost no more, the one of lowest validation loss; None where nothing can be afforded.
+
+    >>> def point(step, loss):
+    ...     return {"step": step, "flops": 10 * step, "validation": {"all": loss}}
+    >>> curve = [point(0, 3.0), point(1, 1.0), point(2, 2.0), point(3, 0.5)]
+    >>> point_within(curve, 29)["step"], point_within(curve, 30)["step"], point_within(curve, -1)
+    (1, 3, None)
+    """
+    reached = [point for point in curve if point["flops"] <= flops]
+    return min(reached, key=lambda point: float(point["validation"]["all"])) if reached else None
+
+
+def flops_to_reach(curve: Sequence[dict[str, Any]], loss: float) -> float | None:
+    """FLOPs of training after which the holdout's loss is first this low, between points on a line; None if never.
+
+    >>> curve = [{"flops": f, "holdout": {"all": l}} for f, l in ((0, 3.0), (10, 2.0), (20, 1.0))]
+    >>> flops_to_reach(curve, 1.5), flops_to_reach(curve, 0.9)
+    (15.0, None)
+    """
+    before = None
+    for point in curve:
+        if point["holdout"] is None:  # the validation's loss was not lower: not where one would stop
+            continue
+        if point["holdout"]["all"] <= loss:
+            if before is None:
+                return float(point["flops"])
+            drop = before["holdout"]["all"] - point["holdout"]["all"]
+            part = (before["holdout"]["all"] - loss) / drop
+            return float(before["flops"] + part * (point["flops"] - before["flops"]))
+        before = point
+    return None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An arm in one column: its loss, and how it differs from two others, with adjusted p."""
+
+    own: Estimate | None
+    differences: dict[str, Estimate | None]
+    p: dict[str, float]
+    seeds: int
+
+
+class Report:
+    """The finished cells, ready to be shown."""
+
+    def __init__(self, results: Path) -> None:
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
+        if len({json.dumps(cell["settings"], sort_keys=True) for cell in found}) != 1:
+            raise SystemExit(f"{results} holds no cells, or cells of several settings: run influence_worth.py first")
+        self.settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in found[0]["settings"].items()})
+        self.choices = {(c["arm"], c["seed"]): c for c in found if c["kind"] == "choice"}
+        self.trainings = {(c["arm"], c["seed"]): c for c in found if c["kind"] == "training"}
+        self.seeds = sorted({seed for _, seed in self.trainings})
+        planned = list(cells(list(ARMS), SEEDS))
+        names = {f"{c['kind']}-{c['arm']}-{c['seed']}" for c in found}
+        self.missing = [cell.name for cell in planned if cell.name not in names]
+        self.planned = len(planned)
+
+    def curve(self, arm: str, seed: int) -> list[dict[str, Any]] | None:
+        """Points of a training."""
+        cell = self.trainings.get((arm, seed))
+        return None if cell is None else list(cell["curve"])
+
+    def cost(self, arm: str, seed: int) -> float:
+        """FLOPs of choosing; where this seed is not done, the mean of those that are."""
+        if arm not in SELECTORS:
+            return 0.0
+        own = self.choices.get((arm, seed))
+        known = [own] if own else [c for (name, _), c in self.choices.items() if name == arm]
+        return float(np.mean([c["flops_warmup"] + c["flops_scoring"] for c in known])) if known else float("nan")
+
+    def training_flops(self, steps: int, seed: int) -> float:
+        """FLOPs of so many steps on a random tenth."""
+        curve = self.curve("random", seed)
+        assert curve is not None
+        return float(next(point["flops"] for point in curve if point["step"] == steps))
+
+    # ------------------------------------------------------------------------------------------------------- readings
+
+    def after_steps(self, steps: int) -> Reading:
+        """Every arm after so many steps, choosing not charged."""
+
+        def read(arm: str, seed: int) -> float | None:
+            points = [p for p in self.curve(arm, seed) or [] if p["step"] == steps]
+            return float(points[0]["holdout"]["all"]) if points else None
+
+        return read
+
+    def stopped(self, arm: str, seed: int) -> float | None:
+        """Where the validation loss is lowest, choosing not charged."""
+        point = point_within(self.curve(arm, seed) or [], float("inf"))
+        return None if point is None else float(point["holdout"]["all"])
+
+    def budget(self, arms: Sequence[str], seed: int) -> float:
+        """What the dearest of these methods takes for choosing and ``equal_steps`` steps."""
+        return max(self.cost(arm, seed) for arm in arms) + self.training_flops(self.settings.equal_steps, seed)
+
+    def within(self, arms: Sequence[str]) -> Reading:
+        """At the budget that the dearest of these methods sets, choosing charged."""
+
+        def read(arm: str, seed: int) -> float | None:
+            curve = self.curve(arm, seed)
+            if curve is None:
+                return None
+            # A few samples more or less in a step must not cost a method its last point.
+            left = 1.02 * self.budget(arms, seed) - self.cost(arm, seed)
+            point = point_within(curve, left)
+            return None if point is None else float(point["holdout"]["all"])
+
+        return read
+
+    def columns(self) -> dict[str, Reading]:
+        """What is read, by title."""
+        found: dict[str, Reading] = {
+            f"equal epochs ({self.settings.equal_steps} steps), choosing free": self.after_steps(
+                self.settings.equal_steps
+            ),
+            "stopped early, choosing free": self.stopped,
+            "equal total FLOPs: what RDS+ and EL2N take": self.within(["rds_plus", "el2n"]),
+        }
+        if any(arm == "less" for arm, _ in self.choices):
+            found["equal total FLOPs: what LESS takes"] = self.within(["less"])
+        return found
+
+    def compare(self, read: Reading) -> dict[str, Compared]:
+        """All arms in one column; p is adjusted over the methods, against each of the two baselines for itself."""
+        losses = {arm: {seed: read(arm, seed) for seed in self.seeds} for arm in ARMS}
+
+        def minus(arm: str, other: str) -> Estimate | None:
+            pairs = [(losses[arm][seed], losses[other][seed]) for seed in self.seeds]
+            differences = [own - base for own, base in pairs if own is not None and base is not None]
+            return estimate(differences) if len(differences) > 1 and arm != other else None
+
+        differences = {arm: {other: minus(arm, other) for other in ("random", "fresh")} for arm in ARMS}
+        p: dict[str, dict[str, float]] = {arm: {} for arm in ARMS}
+        for other in ("random", "fresh"):
+            tested = {arm: found for arm in SELECTORS if (found := differences[arm][other]) is not None}
+            for arm, adjusted in zip(tested, holm([each.p for each in tested.values()]), strict=True):
+                p[arm][other] = adjusted
+        result = {}
+        for arm in ARMS:
+            values = [value for value in losses[arm].values() if value is not None]
+            own = estimate(values) if len(values) > 1 else None
+            result[arm] = Compared(own, differences[arm], p[arm], len(values))
+        return result
+
+    # --------------------------------------------------------------------------------------------------------- tables
+
+    def table(self, read: Reading) -> str:
+        """A row an arm."""
+        lines = [
+            "| trained on | holdout loss | minus random tenth | p | minus whole pool | p | seeds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for arm, one in self.compare(read).items():
+            if not any(name == arm for name, _ in self.trainings):
+                continue
+            row = [ARMS[arm], "cannot be afforded" if one.own is None else _interval(one.own)]
+            for other in ("random", "fresh"):
+                found = one.differences[other]
+                row += ["" if found is None else _interval(found, "+"), _p(one.p.get(other))]
+            lines.append(f"| {' | '.join([*row, str(one.seeds)])} |")
+        return "\n".join(lines)
+
+    def costs(self) -> str:
+        """What choosing costs, and what it chose."""
+        lines = [
+            "| chosen by | warm-up, TFLOP | scoring, TFLOP | CPU seconds | of the target's families | tokens |",
+            "|---|---|---|---|---|---|",
+        ]
+        wanted = self.settings.target_families
+        for arm in ("random", *SELECTORS):
+            made = [c for (name, _), c in (self.choices if arm in SELECTORS else self.trainings).items() if name == arm]
+            if not made:
+                continue
+            share = np.mean([sum(c["families"].get(f, 0) for f in wanted) / sum(c["families"].values()) for c in made])
+            tokens = f"{np.mean([c['tokens'] for c in made]):.0f}"
+            flops = ["0", "0", "0"]
+            if arm in SELECTORS:
+                flops = [tera(np.mean([c[key] for c in made])) for key in ("flops_warmup", "flops_scoring")]
+                flops.append(f"{np.mean([c['cpu_seconds'] for c in made]):.0f}")
+            lines.append(f"| {' | '.join([ARMS[arm], *flops, f'{share:.0%}', tokens])} |")
+        return "\n".join(lines)
+
+    def pay_back(self) -> str:
+        """After how many trainings on one choice it has paid, against the whole pool in random order."""
+        lines = [
+            "| chosen by | choosing, TFLOP | a training | whole pool to the same loss | runs until paid |",
+            "|---|---|---|---|---|",
+        ]
+        for arm in SELECTORS:
+            own, others, beyond = [], [], 0
+            for seed in self.seeds:
+                curve, fresh = self.curve(arm, seed), self.curve("fresh", seed)
+                if curve is None or fresh is None:
+                    continue
+                point = point_within(curve, float("inf"))
+                assert point is not None
+                reached = flops_to_reach(fresh, point["holdout"]["all"])
+                beyond += reached is None
+                own.append(point["flops"])
+                others.append(float(fresh[-1]["flops"]) if reached is None else reached)
+            if not own:
+                continue
+            cost, mine, full = np.mean([self.cost(arm, seed) for seed in self.seeds]), np.mean(own), np.mean(others)
+            runs = "never"
+            if mine < full:
+                paid = SelectionPayBack(float(cost), float(full), float(mine / full)).runs
+                runs = f"{'at most ' if beyond else ''}{paid:.0f}"
+            note = f" (not reached in {beyond} of {len(own)})" if beyond else ""
+            lines.append(f"| {ARMS[arm]} | {tera(cost)} | {tera(mine)} | {tera(full)}{note} | {runs} |")
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """Everything between the markers of the page."""
+        done = self.planned - len(self.missing)
+        first = f"{done} of {self.planned} cells have finished."
+        if self.missing:
+            first += f" Missing: {', '.join(self.missing)}."
+        base = [float(curve[0]["holdout"]["all"]) for seed in self.seeds if (curve := self.curve("random", seed))]
+        pool = np.mean([c["pool_tokens"] for c in self.trainings.values()])
+        first += f" Before training the holdout's loss is {np.mean(base):.3f}. The pool has {pool:.0f} tokens."
+        parts = [first, "### What choosing costs, and what is chosen", self.costs()]
+        for title, read in self.columns().items():
+            parts += [f"### {title[0].upper()}{title[1:]}", self.table(read)]
+            if "FLOPs" in title:
+                arms = ["less"] if "LESS" in title else ["rds_plus", "el2n"]
+                budget = np.mean([self.budget(arms, seed) for seed in self.seeds if self.curve("random", seed)])
+                parts[-2] += f", {tera(budget)} TFLOP"
+        return "\n\n".join([*parts, "### Runs until a choice has paid", self.pay_back()])
+
+    # --------------------------------------------------------------------------------------------------------- figure
+
+    def figure(self, path: Path) -> None:
+        """The loss that each total of FLOPs buys on the left; differences from the random tenth on the right."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), width_ratios=(1.15, 1), layout="constrained")
+        for arm in ARMS:
+            seeds = [seed for seed in self.seeds if self.curve(arm, seed)]
+            if not seeds:
+                continue
+            curves = [self.curve(arm, seed) or [] for seed in seeds]
+            costs = [self.cost(arm, seed) for seed in seeds]
+            first = max(c + curve[1]["flops"] for c, curve in zip(costs, curves, strict=True))
+            last = self.budget(["less"], seeds[0]) if any(a == "less" for a, _ in self.choices) else first * 8
+            budgets = np.geomspace(first, max(1.02 * last, 1.1 * first), 120)
+            values = []
+            for budget in budgets:
+                points = [point_within(c, budget - cost) for c, cost in zip(curves, costs, strict=True)]
+                values.append(np.mean([p["holdout"]["all"] for p in points if p is not None]))
+            style = "--" if arm == "target" else "-"
+            left.plot(budgets / 1e12, values, style, color=COLORS[arm], label=ARMS[arm], lw=1.6)
+            left.plot(budgets[0] / 1e12, values[0], "o", color=COLORS[arm], ms=5)
+        left.set(xlabel="total TFLOP, choosing included", ylabel="holdout loss, nats a token", xscale="log")
+        left.legend(frameon=False, fontsize=9)
+        place, ticks, labels = 0.0, [], []
+        for title, read in self.columns().items():
+            right.text(
+                0.01, place, title, transform=right.get_yaxis_transform(), fontsize=9, weight="bold", va="center"
+            )
+            place += 0.9
+            for arm, one in self.compare(read).items():
+                difference = one.differences["random"]
+                if difference is None:
+                    continue
+                bar = {"xerr": difference.half_width, "fmt": "o", "color": COLORS[arm], "capsize": 3, "ms": 5}
+                right.errorbar(difference.mean, place, **bar)
+                ticks.append(place)
+                labels.append(ARMS[arm])
+                place += 0.8
+            place += 0.5
+        right.axvline(0, color="0.4", lw=1)
+        right.set_yticks(ticks, labels, fontsize=8)
+        right.set_ylim(place, -0.8)
+        right.set_xlabel("holdout loss minus that of the random tenth (mean, 95 % interval)")
+        for axes in (left, right):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: fig.savefig(file, format="png", dpi=110, metadata={"Software": None}))
+        plt.close(fig)
+
+
+def _interval(one: Estimate, sign: str = "") -> str:
+    return f"{one.mean:{sign}.3f} ± {one.half_width:.3f}"
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def report(results: Path, page: Path = PAGE, image: Path = FIGURE) -> None:
+    """Write the tables between the page's markers, and the figure; print the tables."""
+    shown = Report(results)
+    body = shown.markdown()
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    write_text_atomic(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}")
+    shown.figure(image)
+    print(body)
