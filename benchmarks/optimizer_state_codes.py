@@ -7,7 +7,9 @@ Adam runs twice on the same gradients, once with fp32 moments and once with mome
 after every step. Gradients are sigma_i (N(0, 1) + 0.1), with sigma_i lognormal inside a block of 256: the log's
 standard deviation, the *spread*, is 0, 0.5, 1 or 2 (a language model has 0.4 to 1.1, see
 `optimizer_state_gradients.py`; 2 shows what holds beyond). At three fifths of the run all gradients fall to 0.3 of
-their size, as after a change of the learning rate or of the data. Counted after a fifth of the run:
+their size, as after a change of the learning rate or of the data. In a fifth section the spread is 1 and every sigma_i
+moves, along a straight line of its logarithm, to another draw: training changes which weights have large gradients.
+Counted after a fifth of the run:
 
 - error: ||u8 - u32|| / ||u32||, where u = m_hat / (sqrt(v_hat) + eps) is the update before the learning rate;
 - largest: max |u8|; in fp32 it is about 1.3, and no gradients can make it larger than 7.3 (Cauchy and Schwarz);
@@ -30,6 +32,8 @@ from pyeff.reference.optimizer_step import decode_root, decode_signed, encode_ro
 
 BLOCK = 256
 SPREADS = (0.0, 0.5, 1.0, 2.0)
+MOVING = 1.0
+SECTIONS = [*[f"spread {spread:g}" for spread in SPREADS], f"{MOVING:g}, moving"]
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
@@ -157,7 +161,7 @@ class ShippedRoot:
 
     def __call__(self, r: Tensor) -> Tensor:
         self.step += 1
-        offsets = root_offsets(r.shape[0], self.step << 32) if self.at_random else None
+        offsets = root_offsets(r.shape[0], 0, self.step) if self.at_random else None
         return decode_root(*encode_root(r, 1.0, offsets))
 
 
@@ -270,12 +274,15 @@ def compare(
 
 
 def synthetic(*, steps: int, blocks: int, seed: int) -> Iterator[Tensor]:
-    """Gradients of the sizes described above, a section for each of SPREADS."""
+    """Gradients of the sizes described above, a section for each of SECTIONS."""
     generator = torch.Generator().manual_seed(seed)
-    sigma = torch.exp(torch.randn(len(SPREADS), blocks * BLOCK, generator=generator) * torch.tensor(SPREADS)[:, None])
+    spreads = torch.tensor([*SPREADS, MOVING])[:, None]
+    begin = spreads * torch.randn(len(spreads), blocks * BLOCK, generator=generator)
+    end = begin.clone()
+    end[-1] = MOVING * torch.randn(blocks * BLOCK, generator=generator)
     for step in range(1, steps + 1):
-        size = 0.3 if step > 0.6 * steps else 1.0
-        yield (sigma * size * (torch.randn(sigma.shape, generator=generator) + 0.1)).flatten()
+        sigma = torch.lerp(begin, end, step / steps).exp() * (0.3 if step > 0.6 * steps else 1.0)
+        yield (sigma * (torch.randn(sigma.shape, generator=generator) + 0.1)).flatten()
 
 
 def print_table(pairs: list[tuple[str, str]], columns: list[str], runs: list[list[Result]]) -> None:
@@ -299,10 +306,10 @@ def main() -> None:
     options = parser.parse_args()
     seeds = (0,) if options.quick else (0, 1)
     steps, blocks = (1000, 4) if options.quick else (2500, 16)
-    sections = [blocks * BLOCK] * len(SPREADS)
+    sections = [blocks * BLOCK] * len(SECTIONS)
     runs = [compare(PAIRS, synthetic(steps=steps, blocks=blocks, seed=seed), sections, steps) for seed in seeds]
     print(f"Worst of {len(seeds)} seeds, {steps} steps, {blocks} blocks of {BLOCK}: error / largest step / bias\n")
-    print_table([(m.name, v.name) for m, v in PAIRS], [f"spread {spread:g}" for spread in SPREADS], runs)
+    print_table([(m.name, v.name) for m, v in PAIRS], SECTIONS, runs)
 
 
 if __name__ == "__main__":

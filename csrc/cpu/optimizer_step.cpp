@@ -269,7 +269,7 @@ void update_coded(const Run& r, float* p, const float* g, bool nesterov, const S
         if (RULE == RULE_ADAM) {
             r.second_scales[block] = root_scale(scaled_to(largest[block].root, buffers.second), s);
             root_by = root_divisor(r.second_scales[block], s);
-            offset = root_offset(random_key(s, r.index + block));
+            offset = root_offset(s, r.index + block);
         }
         if (finite)
             encode<RULE, false>(r, begin, end, first_divisor(scale, s), root_by, offset, buffers);

@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     if (exact) {
         write<float>(weight == WEIGHT_MASTER ? t.master : t.p, at, p, count);
     }
-    const uint64_t key = random_key(s, t.first_block + block);
     if (weight != WEIGHT_FLOAT32) {
+        const uint64_t key = random_key(s, t.first_block + block);
         const uint32_t index = threadIdx.x * OWN & ((1u << block_bits) - 1);
         if (weight == WEIGHT_STOCHASTIC) {
 #pragma unroll
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     if (writes_scales) __stwb(at_index<float>(t.first_scale, block), new_scale);
     if (ADAM) {
         const float new_scale2 = root_scale(largest_of(largest_root, threads, shared_root), s);
-        const float divisor2 = root_divisor(new_scale2, s), offset = root_offset(key);
+        const float divisor2 = root_divisor(new_scale2, s), offset = root_offset(s, t.first_block + block);
 #pragma unroll
         for (int i = 0; i < OWN; ++i)
             second.bytes[i] = static_cast<uint8_t>(encode_root(clamped(root.floats[i] * divisor2, 1.0f), offset, 0u));

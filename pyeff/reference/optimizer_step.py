@@ -23,8 +23,10 @@ Both codes are made of the bits of a float, read as an integer: B(x) is a piecew
   with straight lines between powers of two, and reaches 28 binades down.
 - sqrt(v) is k in 0..255: B(sqrt(v) / scale) = 3 B((k + 1) / 256) - 2 B(1), the cube in the same sense, 24 binades. No
   code is zero: a positive v never decodes to zero, so a step cannot become m / eps by rounding. A block whose v is all
-  zero has scale 0. A step moves v by a thousandth of itself, far less than the distance of two codes: k is rounded up
-  or down at random, so that v is right on average, by one random offset for each block and step.
+  zero has scale 0. A step moves v by a thousandth of itself, far less than the distance of two codes, and rounding to
+  nearest would not follow. So (k + 1) / 256 is rounded up or down at random, by one offset for all elements of a block:
+  it begins at a random place for each block and goes on by the golden section with each step. Codes below 3 are not
+  written, as it would change sqrt(v) by factors of 3 and 8 to round one to another: what is written spans 18 binades.
 
 Encoding takes a quarter and a third of the bits, so neither direction needs a table, a root or a logarithm. Why these
 codes: docs/optimizer_states.md.
@@ -57,6 +59,7 @@ _ONE = 0x3F800000  # bits of 1.0
 _BINADE = 1 << 23
 _TWO_THIRDS = 0x2A555500  # of the bits of 1.0
 _LARGEST_CODED = 31 / 32  # what k = 127 stands for, relative to the scale
+_SMALLEST_T = 1 / 64  # codes below 3 are read and not written
 _SMALLEST_SCALE = 2.0**-126  # below it 1 / scale overflows
 _WORD, _LONG = (1 << 32) - 1, (1 << 64) - 1
 _BF16_NAN = 0x7FC0
@@ -108,6 +111,7 @@ class StepScalars:
     eps: float
     first_out: float
     second_out: float
+    pattern: int
     stream: int
 
     @classmethod
@@ -142,6 +146,7 @@ class StepScalars:
                 eps = rule.eps * correction
         elif rule.rule == "sgd":
             gradient_in = 1.0 - rule.dampening if step > 1 else 1.0
+        pattern = _mixed(rule.seed + _GOLDEN * (key + 1))
         return cls(
             clip=_float32(clip),
             l2=_float32(rule.weight_decay) if rule.coupled else 0.0,
@@ -154,7 +159,8 @@ class StepScalars:
             eps=_float32(eps),
             first_out=_float32(first_out),
             second_out=_float32(second_out),
-            stream=_mixed(_mixed(rule.seed + _GOLDEN * (key + 1)) ^ step),
+            pattern=pattern,
+            stream=_mixed(pattern ^ step),
         )
 
 
@@ -234,7 +240,7 @@ def decode_root(code: Tensor, factor: Tensor) -> Tensor:
 def encode_root(root: Tensor, out: float = 1.0, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of `out` times the values fp32 [blocks, block_size], none of them negative.
 
-    offset: added before rounding, fp32 [blocks] from `root_offsets`; else to nearest.
+    offset: added to t of each block before rounding, fp32 [blocks] from `root_offsets`; else to nearest.
     """
     scale = _largest_finite(root) * out
     relative = root * (torch.full_like(scale, out) / scale.clamp_min(_SMALLEST_SCALE))[:, None]
@@ -244,13 +250,14 @@ def encode_root(root: Tensor, out: float = 1.0, offset: Tensor | None = None) ->
     t = _from_bits(third.long() - (1 << 31))
     if offset is not None:
         t = t + offset[:, None]
-    return (t.clamp_min(1 / 256) * 256 - 1).round().to(torch.uint8), scale
+    return (t.clamp_min(_SMALLEST_T) * 256 - 1).round().to(torch.uint8), scale
 
 
-def root_offsets(blocks: int, stream: int, *, first_block: int = 0) -> Tensor:
-    """What is added to the roots of each block before they are rounded to 1/256, fp32 [blocks] within 1/512 of zero."""
-    keys = [_mixed(stream + _GOLDEN * block) >> 52 for block in range(first_block, first_block + blocks)]
-    return (2.0 * torch.tensor(keys, dtype=torch.float32) - 4095) / (1 << 21)
+def root_offsets(blocks: int, pattern: int, step: int, *, first_block: int = 0) -> Tensor:
+    """What is added to t of each block before it is rounded to 1/256, fp32 [blocks] within half of that."""
+    starts = [_mixed(pattern + _GOLDEN * block) >> 32 for block in range(first_block, first_block + blocks)]
+    place = (torch.tensor(starts, dtype=torch.int64) + step * (_GOLDEN >> 32)) & _WORD
+    return (2.0 * (place >> 20).float() - 4095) / (1 << 21)
 
 
 # ----------------------------------------------------------------------------------------------------- the weights
@@ -356,8 +363,8 @@ def optimizer_step(
             first[i].copy_(from_blocks(code, p, row))
             first_scale[i].copy_(scale.view_as(first_scale[i]))
             if root is not None:
-                offsets = root_offsets(root.shape[0], s.stream, first_block=start).to(p.device)
-                code, scale = encode_root(root.where(inside, 0.0), s.second_out, offsets)
+                offset = root_offsets(root.shape[0], s.pattern, step, first_block=start).to(p.device)
+                code, scale = encode_root(root.where(inside, 0.0), s.second_out, offset)
                 second[i].copy_(from_blocks(code, p, row))
                 second_scale[i].copy_(scale.view_as(second_scale[i]))
         else:
