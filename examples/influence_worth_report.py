@@ -135,14 +135,15 @@ class Report:
 
     def budget(self, arms: Sequence[str], seed: int) -> float:
         """What the dearest of these methods takes for choosing and ``equal_steps`` steps."""
-        return max(self.cost(arm, seed) for arm in arms) + self.training_flops(self.settings.equal_steps, seed)
+        known = [self.cost(arm, seed) for arm in arms if any(name == arm for name, _ in self.choices)]
+        return max(known) + self.training_flops(self.settings.equal_steps, seed)
 
     def within(self, arms: Sequence[str]) -> Reading:
         """At the budget that the dearest of these methods sets, choosing charged."""
 
         def read(arm: str, seed: int) -> float | None:
             curve = self.curve(arm, seed)
-            if curve is None:
+            if curve is None or self.curve("random", seed) is None:  # which says what a step costs
                 return None
             # A few samples more or less in a step must not cost a method its last point.
             left = 1.02 * self.budget(arms, seed) - self.cost(arm, seed)
@@ -158,10 +159,10 @@ class Report:
                 self.settings.equal_steps
             ),
             "stopped early, choosing free": self.stopped,
-            "equal total FLOPs: what RDS+ and EL2N take": self.within(["rds_plus", "el2n"]),
         }
-        if any(arm == "less" for arm, _ in self.choices):
-            found["equal total FLOPs: what LESS takes"] = self.within(["less"])
+        for title, arms in (("RDS+ and EL2N", ["rds_plus", "el2n"]), ("LESS", ["less"])):
+            if any(arm in arms for arm, _ in self.choices):
+                found[f"equal total FLOPs: what {title} take{'s' * (len(arms) == 1)}"] = self.within(arms)
         return found
 
     def compare(self, read: Reading) -> dict[str, Compared]:
