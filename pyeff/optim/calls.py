@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pyeff.ops._optimizer_plan import StepPlan
-from pyeff.ops._optimizer_states import DTYPES, check_memory, check_parameter, check_writable, fits, state_shapes
+from pyeff.ops._optimizer_states import DTYPES, check_memory, check_parameter, check_writable, fits
 from pyeff.ops.optimizer_step import OPERATION
+from pyeff.optim.directions import DirectionPlan
 from pyeff.optim.offload import OffloadedPlan
 from pyeff.optim.options import LAYOUT
 from pyeff.optim.pieces import OFFLOADED
@@ -21,7 +22,7 @@ from pyeff.optim.sharding import first_block, is_distributed, local, part_of_gra
 if TYPE_CHECKING:
     from pyeff.optim.engine import Optimizer8bit
 
-AnyPlan: TypeAlias = "StepPlan | OffloadedPlan"
+AnyPlan: TypeAlias = "StepPlan | OffloadedPlan | DirectionPlan"
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Plans:
         parts = [[state if state is None else local(state) for state in states] for states in rows.states]
         for p, states in zip(rows.params, parts, strict=True):
             check_parameter(p, "parameters, also where `p.data` was assigned,")
-            shapes = state_shapes(p, rule=self.optimizer._rule, **layout)
+            shapes = self.optimizer._shapes(p, group)
             for i, (state, expected) in enumerate(zip(states, shapes, strict=True)):
                 where = torch.device("cpu") if offload is not None and i < OFFLOADED else device
                 if expected is not None and (state is None or not fits(state, *expected, where)):
@@ -146,8 +147,6 @@ class Plans:
                 parts[i][j] = part
                 if j == 0:
                     rows.key[i] = (*rows.key[i][:-1], id(now) if is_distributed(now) else now.data_ptr())
-        columns = list(zip(*parts, strict=True))
-        lists = [[] if column[0] is None else list(column) for column in columns]
         layout_of_list: dict[str, Any] = {
             "master": group["master"],
             "block_size": group["block_size"],
@@ -155,8 +154,12 @@ class Plans:
             "first_blocks": [first_block(group["params"][i], group["block_size"]) for i in rows.places],
             "impl": OPERATION.on_device(device.type).impl,
         }
-        plan: StepPlan | OffloadedPlan
-        if offload is None:
+        lists = [[] if column[0] is None else list(column) for column in zip(*parts, strict=True)]
+        plan: AnyPlan
+        if self.optimizer._directed is not None:
+            whole = [group["params"][i] for i in rows.places]
+            plan = self.optimizer._directed(rows.params, rows.grads, parts, whole, **layout_of_list)
+        elif offload is None:
             plan = StepPlan(rows.params, rows.grads, lists, **layout_of_list)
         else:
             plan = OffloadedPlan(rows.params, rows.grads, lists, **layout_of_list, offload=offload)

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from pyeff.optim.engine import Optimizer8bit
 
 _HIDDEN = "__bnb_optimizer_quant_state__"
+# Of torch's optimizers, by the names that ours have for them.
+_HYPERPARAMETERS = (
+    *("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov"),
+    *("ns_coefficients", "ns_steps", "adjust_lr_fn", "beta2_decay", "d"),
+)
 _BITSANDBYTES_BLOCKS = (256, 2048)
 
 
@@ -51,12 +56,12 @@ def converted(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> dict[str,
         new_groups.append(_group(optimizer, theirs, ours, f"state_dict: param_groups[{i}]"))
         for key, p in zip(theirs["params"], ours["params"], strict=True):
             if state := states.get(key):
-                new_states[key] = _state(optimizer, state, p, new_groups[-1], f"state_dict: state[{key!r}]")
+                new_states[key] = optimizer._converted_state(state, p, new_groups[-1], f"state_dict: state[{key!r}]")
     return {"state": new_states, "param_groups": new_groups}
 
 
 def _is_foreign(state: Any) -> bool:
-    names = {"exp_avg", "momentum_buffer", "state1", _HIDDEN}
+    names = {"exp_avg", "momentum_buffer", "row_var", "variance", "state1", _HIDDEN}
     return isinstance(state, dict) and not names.isdisjoint(state)
 
 
@@ -70,16 +75,18 @@ def _group(optimizer: Optimizer8bit, theirs: dict[str, Any], ours: dict[str, Any
             f"{where} has weight decay {'beside' if decoupled else 'in'} the gradient, "
             f"{type(optimizer).__name__} {'in' if decoupled else 'beside'} it"
         )
-    hyperparameters = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
-    taken = {name: theirs[name] for name in hyperparameters if name in ours and name in theirs}
+    if ("ns_steps" in theirs) != ("ns_steps" in ours):
+        raise ValueError(f"{where} was written by an optimizer of another rule than {type(optimizer).__name__}'s")
+    taken = {name: theirs[name] for name in _HYPERPARAMETERS if name in ours and name in theirs}
     if "momentum" in ours and "momentum" not in theirs and "betas" in theirs:
         taken["momentum"] = theirs["betas"][0]  # bitsandbytes keeps it there
     return {**ours, **taken, "params": theirs["params"]}
 
 
-def _state(
+def converted_state(
     optimizer: Optimizer8bit, state: dict[str, Any], p: Tensor, group: dict[str, Any], where: str
 ) -> dict[str, Any]:
+    """One parameter's state as `optimizer` has it, of torch's or bitsandbytes' optimizer of its rule."""
     state = {**state, **state.get(_HIDDEN, {})}
     moments = [_moment(state, name, i + 1, p, where) for i, name in enumerate(optimizer._moments)]
     step = state.get("step")

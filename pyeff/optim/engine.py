@@ -16,6 +16,8 @@ from pyeff.ops._optimizer_states import (
 )
 from pyeff.ops.global_norm import global_norm
 from pyeff.optim.calls import Call, Plans
+from pyeff.optim.convert import converted_state
+from pyeff.optim.directions import DirectionPlan
 from pyeff.optim.host_states import HostStates
 from pyeff.optim.options import LAYOUT, SeenOptions, check_group
 from pyeff.optim.pieces import OFFLOADED
@@ -76,6 +78,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     _rule: ClassVar[str]
     _coupled: ClassVar[bool]
     _moments: ClassVar[tuple[str, ...]]
+    _numbers: ClassVar[tuple[str, ...]] = ("lr", "eps", "weight_decay", "momentum", "dampening", "clip_norm")
+    _directed: ClassVar[type[DirectionPlan] | None] = None  # what takes the steps where the kernel alone cannot
     _host_states: HostStates
 
     def __init__(
@@ -103,7 +107,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             "code": CODE,
         }
         self._seen_options = SeenOptions()
-        check_group(self, defaults)
+        self._check_group(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,6 +148,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             nesterov=bool(group.get("nesterov", False)),
         )
 
+    def _check_group(self, group: dict[str, Any], *, read_lr: bool = True) -> None:
+        """TypeError or ValueError naming the first option that cannot be; read_lr: wait for one that is on a GPU."""
+        check_group(self, group, read_lr=read_lr)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; nothing is added if one of them does not fit."""
         params = param_group["params"]
@@ -155,7 +163,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._forget_plans()
         super().add_param_group(param_group)
         try:
-            check_group(self, self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
             self._check_parameters(len(self.param_groups) - 1)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -167,12 +175,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         """TypeError or ValueError for the first parameter of a group that cannot be stepped with its options."""
         group = self.param_groups[index]
         for i, p in enumerate(group["params"]):
-            where = f"params[{i}] of group {index}"
-            check_parameter(p, where)
-            if is_distributed(p):
-                at_random = group["master"] in AT_RANDOM and p.dtype == torch.bfloat16
-                in_blocks = group["states"] == "8bit"
-                check_split(p, where, block_size=group["block_size"], in_blocks=in_blocks, at_random=at_random)
+            self._check_parameter(p, f"params[{i}] of group {index}", group)
+
+    def _check_parameter(self, p: Tensor, where: str, group: dict[str, Any]) -> None:
+        check_parameter(p, where)
+        if is_distributed(p):
+            at_random = group["master"] in AT_RANDOM and p.dtype == torch.bfloat16
+            in_blocks = group["states"] == "8bit"
+            check_split(p, where, block_size=group["block_size"], in_blocks=in_blocks, at_random=at_random)
 
     def _options_are_seen(self) -> None:
         self._seen_options = SeenOptions()
@@ -297,6 +307,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         names.append({"ecc8": "master_error", "fp32": "master"}.get(group["master"]))
         return [*names, "step", "beta_powers" if self._rule == "adam" else None]
 
+    def _shapes(self, p: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
+        """Shape and dtype of each state of `_names`."""
+        return state_shapes(p, rule=self._rule, **{name: group[name] for name in LAYOUT})
+
     def _fresh(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The states of a parameter that has taken no step."""
         layout = {name: group[name] for name in LAYOUT}
@@ -305,8 +319,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         lists = OptimizerStates.zeros([own], rule=self._rule, **layout).lists()
         for counts in lists[OFFLOADED:]:
             counts[:] = [count.to(p.device) for count in counts]
-        named = zip(self._names(group), lists, state_shapes(p, rule=self._rule, **layout), strict=True)
+        named = zip(self._names(group), lists, self._shapes(p, group), strict=True)
         return {name: placed(name, one[0], p, expected[0]) for name, one, expected in named if name and expected}
+
+    def _converted_state(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], where: str) -> dict[str, Any]:
+        return converted_state(self, state, p, group, where)
 
     def state_dict(self) -> dict[str, Any]:
         """States and options, as torch's; waits until states in host memory are those of the last step."""

@@ -20,7 +20,6 @@ LAYOUT = ("states", "master", "block_size")
 # What states were made for: they would have to be made anew.
 FIXED = (*LAYOUT, "offload", "code")
 _SWITCHES = ("skip_nonfinite", "nesterov", "offload")
-_NUMBERS = ("lr", "eps", "weight_decay", "momentum", "dampening", "clip_norm")
 
 
 def check_group(optimizer: Optimizer8bit, group: dict[str, Any], *, read_lr: bool = True) -> None:
@@ -31,7 +30,7 @@ def check_group(optimizer: Optimizer8bit, group: dict[str, Any], *, read_lr: boo
     for name in _SWITCHES:
         if name in group and group[name] not in (True, False):
             raise TypeError(f"{name} must be True or False; got {group[name]!r}")
-    for name in _NUMBERS:
+    for name in optimizer._numbers:
         value = group.get(name)
         if not isinstance(value, (numbers.Real, Tensor)) and not (value is None and name != "lr"):
             raise TypeError(f"{name} must be a number; got {value!r}")
@@ -39,6 +38,8 @@ def check_group(optimizer: Optimizer8bit, group: dict[str, Any], *, read_lr: boo
             raise ValueError(f"{name} must be a number or a tensor of one element; got shape {tuple(value.shape)}")
     if "betas" in group and (not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2):
         raise ValueError(f"betas must be two numbers in [0, 1); got {group['betas']!r}")
+    if optimizer._directed is not None and group["offload"]:
+        raise ValueError(f"offload is not for {type(optimizer).__name__}: leave it False")
     check_layout(rule=optimizer._rule, **{name: group[name] for name in LAYOUT})
     lr = group["lr"]
     read = read_lr or not (isinstance(lr, Tensor) and lr.is_cuda)
@@ -74,7 +75,7 @@ class SeenOptions:
         group = optimizer.param_groups[index]
         seen, lr = self._seen.get(index), group["lr"]
         if seen is None or seen.group is not group:  # groups were taken out, or put in by hand
-            check_group(optimizer, group, read_lr=False)
+            optimizer._check_group(group, read_lr=False)
             self.note(optimizer, index)
             return
         if _alike(_values(group, seen.names), seen.options):
@@ -91,7 +92,7 @@ class SeenOptions:
                     f"{name} of group {index} was {before[name]!r} when its states were made and cannot become "
                     f"{group.get(name)!r}; put it back, or make a new optimizer"
                 )
-        check_group(optimizer, group, read_lr=False)
+        optimizer._check_group(group, read_lr=False)
         if changed:
             optimizer._check_parameters(index)
             optimizer._forget_plans()

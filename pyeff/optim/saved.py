@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyeff.ops._optimizer_states import check_memory, state_shapes
+from pyeff.ops._optimizer_states import check_memory
 from pyeff.optim.convert import converted
-from pyeff.optim.options import LAYOUT, check_group
+from pyeff.optim.options import LAYOUT
 from pyeff.optim.pieces import OFFLOADED
 from pyeff.optim.sharding import is_distributed, is_split, part_of, placed
 
@@ -104,7 +104,7 @@ def check_state_dict(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> No
             if name not in theirs and name not in ("param_names", "offload"):
                 raise ValueError(f"{where} lacks {name}; it was not written by {type(optimizer).__name__}")
         try:
-            check_group(optimizer, {**theirs, "offload": ours["offload"]})
+            optimizer._check_group({**theirs, "offload": ours["offload"]})
             _check_count(theirs["skipped_steps"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
@@ -117,8 +117,7 @@ def check_state_dict(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> No
 
 
 def _check_state(optimizer: Optimizer8bit, state: dict[str, Any], p: Tensor, group: dict[str, Any], where: str) -> None:
-    shapes = state_shapes(p, rule=optimizer._rule, **{name: group[name] for name in LAYOUT})
-    for name, expected in zip(optimizer._names(group), shapes, strict=True):
+    for name, expected in zip(optimizer._names(group), optimizer._shapes(p, group), strict=True):
         if name is None or expected is None:
             continue
         if name not in state:
@@ -156,6 +155,6 @@ def _nonsense(name: str, value: Tensor) -> str | None:
     elif name.endswith("_scale"):
         if not (value.isfinite() & (value >= 0)).all():
             return "be finite and >= 0 everywhere"
-    elif name == "exp_avg_sq" and (value < 0).any():
+    elif name in ("exp_avg_sq", "row_var", "col_var", "variance") and (value < 0).any():
         return "be >= 0 everywhere"
     return None
