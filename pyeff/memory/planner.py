@@ -228,7 +228,6 @@ class Planner:
             input_requires_grad=adapters is not None and settings.checkpointing == "layer",
             checkpointing=settings.checkpointing != "none",
             keep_attention=settings.checkpointing == "attention",
-            early_stop=settings.lora_dropout == 0,
         )
         tokens, rows = settings.seq_len, settings.batch
         # Causal kernels skip what lies above the diagonal; a dense mask is multiplied out. `pyeff.checkpoint` has none,

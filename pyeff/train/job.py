@@ -84,8 +84,6 @@ class Job:
                 **recomputation,
                 # transformers lets the embedding's output require a gradient when it recomputes layers with adapters.
                 "input_requires_grad": checkpointing == "layer",
-                # Dropout in an adapter runs after its matrix, so the recomputation has no early end.
-                "early_stop": config.lora.dropout == 0,
             }
             last_observed = "down" in targets
             adapters = shape.layers * sum(2 * config.lora.rank * sum(shape.linears[t]) for t in targets)
@@ -100,8 +98,7 @@ class Job:
         )
         train_cost = shape.train_cost(**options)
         # `pyeff.observe` keeps what a layer's last matrix is given once that has been multiplied: no early end.
-        observed = {**options, "early_stop": options.get("early_stop", True) and not last_observed}
-        self.observed_cost = shape.train_cost(**observed)
+        self.observed_cost = shape.train_cost(**options, early_stop=not last_observed)
         # Of a training step, the part that forms gradients of parameters.
         self.weight_grads = (
             Cost(forward.per_token, 0, forward.per_head_token) if config.lora is None else Cost(adapters, 0, 0)

@@ -110,11 +110,14 @@ def test_keeping_everything_is_bit_for_bit_the_run_without_it(config, method: st
         {"lora": {"rank": 4, "dropout": 0.1}},
         {"checkpointing": "layer"},
         {"checkpointing": "layer", "lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]}},
-        {"checkpointing": "layer", "lora": {"rank": 4}},
+        {"checkpointing": "layer", "lora": {"rank": 4, "dropout": 0.1}},
+        {"checkpointing": "layer", "lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"], "dropout": 0.1}},
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("method", "defer"), [("greats", True), ("opus", True), ("opus", False), ("colm", False)])
+@pytest.mark.parametrize(
+    ("method", "defer"), [("random", True), ("greats", True), ("opus", True), ("opus", False), ("colm", False)]
+)
 def test_every_flop_is_charged_once(config, monkeypatch, method: str, defer: bool, changes: dict[str, Any]):
     course = course_of(config(method, defer=defer, **changes))
     choices: list[int] = []
