@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyeff.optim import AdamW8bit, GradientRelease, Optimizer8bit
+from pyeff.optim import Adafactor8bit, AdamW8bit, GradientRelease, Muon8bit, Optimizer8bit
 
 STEPS, MIDDLE = 4, 2
 
@@ -62,7 +62,7 @@ def everything(model: nn.Module, optimizer: Optimizer8bit) -> dict[str, Tensor]:
     found = {}
     for name, p in model.named_parameters():
         found[name] = whole(p)
-        for key, value in optimizer.state[p].items():
+        for key, value in optimizer.state.get(p, {}).items():
             found[f"{name}.{key}"] = whole(value)
     return found
 
@@ -212,6 +212,63 @@ def released(world: int, folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def muon_of(model: nn.Module, **options: Any) -> Muon8bit:
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    return Muon8bit(matrices, lr=1e-2, adjust_lr_fn="match_rms_adamw", **options)
+
+
+def frozen_vectors(model: nn.Module) -> nn.Module:
+    for p in model.parameters():
+        p.requires_grad_(p.ndim > 1)
+    return model
+
+
+def orthogonalised(world: int, folder: Path) -> dict[str, Tensor]:
+    """Muon on rows that no number of processes divides; clipped, and saved in the middle."""
+    model = sharded(frozen_vectors(network()))
+    optimizer = muon_of(model, clip_norm=1e9)  # asks for the norm and does not depend on its last bits
+    take_steps(model, optimizer, range(MIDDLE))
+    checkpoint(model, optimizer, folder / f"orthogonalised-{world}")
+    take_steps(model, optimizer, range(MIDDLE, STEPS))
+    found = everything(model, optimizer)
+    if dist.get_rank() == 0:
+        next(model.parameters()).grad.to_local()[0, 0] = torch.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for name, value in everything(model, optimizer).items():
+        assert torch.equal(value, found[name]), name
+    # Inside FSDP2's backward the bits are those of a step after it.
+    ends = []
+    for inside in (True, False):
+        model = sharded(frozen_vectors(network().float()))
+        optimizer = muon_of(model)
+        tokens = torch.arange(8) + dist.get_rank()
+        if inside:
+            with GradientRelease(optimizer) as release:
+                release.backward(lambda model=model, tokens=tokens: model(tokens).square().mean())
+        else:
+            model(tokens).square().mean().backward()
+            optimizer.step()
+        ends.append(everything(model, optimizer))
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    return found
+
+
+def orthogonalised_again(world: int, folder: Path) -> dict[str, Tensor]:
+    """Goes on from the checkpoint of every number of processes."""
+    found = {}
+    for saved in (1, 2):
+        model = sharded(frozen_vectors(network()))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        optimizer = muon_of(model, clip_norm=1e9)
+        checkpoint(model, optimizer, folder / f"orthogonalised-{saved}", load=True)
+        take_steps(model, optimizer, range(MIDDLE, STEPS))
+        found |= {f"{saved}.{name}": value for name, value in everything(model, optimizer).items()}
+    return found
+
+
 def replicated(world: int, folder: Path) -> dict[str, Tensor]:
     """Release under DDP is refused before a step, whoever finds it out, and works again when DDP is gone."""
     from torch.nn.parallel import DistributedDataParallel
@@ -262,6 +319,9 @@ def refused(world: int, folder: Path) -> dict[str, Tensor]:
         p = nn.Parameter(distribute_tensor(torch.zeros(shape, dtype=torch.bfloat16), mesh, [Shard(dim)]))
         with pytest.raises(ValueError, match=match):
             AdamW8bit([p], **options)
+    p = nn.Parameter(distribute_tensor(torch.zeros(8, 512), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="Adafactor8bit needs means over whole columns; give it to AdamW8bit"):
+        Adafactor8bit([p])
     vector = nn.Parameter(distribute_tensor(torch.zeros(512 * world), mesh, [Shard(0)]))
     AdamW8bit([vector])
     matrix = nn.Parameter(distribute_tensor(torch.zeros(8, 300), mesh, [Shard(0)]))
@@ -277,7 +337,13 @@ def refused(world: int, folder: Path) -> dict[str, Tensor]:
     return {"done": torch.ones(())}
 
 
-CASES = {case.__name__: case for case in (steps, resumed, clipped, trained, offloaded, released, replicated, refused)}
+CASES = {
+    case.__name__: case
+    for case in (
+        *(steps, resumed, clipped, trained, offloaded, released, replicated, refused),
+        *(orthogonalised, orthogonalised_again),
+    )
+}
 
 
 def process(rank: int, cases: list[str], world: int, folder: str) -> None:

@@ -33,9 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases at all numbers of processes, each number in one start of them."""
     folder = tmp_path_factory.mktemp("runs")
     for world in WORLDS:
-        run("steps,clipped,trained,offloaded,released" + (",replicated,refused" if world == 2 else ""), world, folder)
+        cases = "steps,clipped,trained,offloaded,released" + (",replicated,refused" if world == 2 else "")
+        run(cases + (",orthogonalised" if world < 4 else ""), world, folder)
     for world in WORLDS:
-        run("resumed", world, folder)
+        run("resumed" + (",orthogonalised_again" if world < 4 else ""), world, folder)
     return folder
 
 
@@ -122,6 +123,16 @@ def test_steps_inside_fsdps_backward_are_those_after_it(world: int, runs: Path) 
             # A code may round the other way and then moves the next step by a sixteenth of it.
             assert ((inside - after).abs() <= 4 * rounding).double().mean() > 0.99, name
             assert ((inside - after).abs() <= 1e-2 / 8).all(), name
+
+
+def test_muon_of_parts_has_the_bits_of_muon_of_the_whole_and_goes_on_from_any_checkpoint(runs: Path) -> None:
+    one, two = (load_file(runs / f"orthogonalised-{world}.safetensors") for world in (1, 2))
+    assert any(name.endswith("momentum_buffer_code") for name in one)
+    assert not torch.equal(one["1.weight"], network()[1].weight)
+    assert_same(two, one)
+    for world in (1, 2):
+        found = load_file(runs / f"orthogonalised_again-{world}.safetensors")
+        assert_same(found, {f"{saved}.{name}": value for saved in (1, 2) for name, value in one.items()})
 
 
 def test_splits_that_cut_blocks_are_refused_by_every_process(runs: Path) -> None:
