@@ -105,7 +105,8 @@ def score(
     """Score samples by what a model makes of them; the options replace the file's settings."""
     _require(_NEEDED_TO_SCORE, "score")
     from pyeff.cli import tables
-    from pyeff.train.config import ScoreConfig, load_config, parse_config
+    from pyeff.train.config import load_config, parse_config
+    from pyeff.train.score_config import ScoreConfig
 
     settings = load_config(config, kind=ScoreConfig)
     given = _given(method=method, out=None if out is None else str(out), seed=seed)
@@ -167,7 +168,9 @@ def plan(
     accumulation: Annotated[int, typer.Option(help="Forwards whose gradients are summed before a step.")] = 1,
     packed: Annotated[bool, typer.Option("--packed", help="One row of samples kept apart by a dense mask.")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, adam8bit, lion8bit or sgd8bit.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw8bit, adam8bit, lion8bit, sgd8bit, muon8bit or adafactor8bit.")
+    ] = "adamw",
     master: Annotated[str, typer.Option(help="Beside bf16 weights: none, stochastic, ecc8 or fp32.")] = "none",
     offload: Annotated[bool, typer.Option("--offload", help="Optimizer states of a GPU in host memory.")] = False,
     release: Annotated[

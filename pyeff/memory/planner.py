@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pyeff.memory.architecture import LINEARS, Parameter
 from pyeff.memory.planned_model import Source, trace_model
 from pyeff.memory.plans import Compress, DType, Layer, Option, Phase, Plan, Release, Settings, parse_size
 from pyeff.memory.rates import Rates, estimated_rates
-from pyeff.memory.states import Master, Optimizer, slot_bytes, state_bytes, step_traffic
+from pyeff.memory.states import (
+    WITHOUT_OFFLOAD,
+    Master,
+    Optimizer,
+    slot_bytes,
+    state_bytes,
+    step_flops,
+    step_traffic,
+    step_working,
+)
 from pyeff.memory.tape import Moment, Simulation, simulate
 from pyeff.memory.transformer import Checkpointing, Head, Work, record_step
 
@@ -64,7 +73,7 @@ def plan(
             dense mask cuts into samples.
         accumulation: forwards whose gradients are summed before a step.
         dtype: of weights and activations; by default the module's own, or bfloat16.
-        optimizer, master: see `pyeff.memory.states`; "adamw" is torch's.
+        optimizer, master: see `pyeff.memory.states`; "adamw" is torch's. Classes' names will do: "AdamW8bit".
         offload: states in host memory; nothing changes on a CPU. release: "one-pass" steps parameters inside the
             backward (`pyeff.optim.GradientRelease`), without clipping or by the norm of the step before; "two-pass"
             clips exactly and runs everything twice. Both are for pyeff's optimizers.
@@ -100,7 +109,7 @@ def plan(
         batch=batch,
         accumulation=accumulation,
         dtype=source.dtype,
-        optimizer=optimizer,
+        optimizer=cast("Optimizer", optimizer.lower()) if isinstance(optimizer, str) else optimizer,
         master=master,
         offload=offload,
         release=release,
@@ -154,7 +163,8 @@ class Planner:
         def phase(moment: Moment) -> Phase:
             return Phase(moment.phase, theta, states, moment.gradients, moment.activations, moment.working, other)
 
-        step = Phase("optimizer step", theta, states, gradients, 0, 0, other)
+        working = step_working(parameters, settings.optimizer, settings.device)
+        step = Phase("optimizer step", theta, states, gradients, 0, working, other)
         return (*(phase(moment) for moment in self._moments(settings)), step)
 
     def states(self, settings: Settings) -> int:
@@ -249,7 +259,8 @@ class Planner:
         passes *= 2 if settings.release == "two-pass" else 1
         weights = settings.accumulation * passes * sum(p.nbytes for p in parameters)
         moved = weights + step_traffic(parameters, settings.optimizer, settings.master)
-        seconds = self.flops(settings) / self.rates.flops + moved / self.rates.bandwidth
+        flops = self.flops(settings) + step_flops(parameters, settings.optimizer)
+        seconds = flops / self.rates.flops + moved / self.rates.bandwidth
         if settings.offload and settings.device == "cuda":  # both directions at once, in turn with the rest
             seconds += sum(state_bytes(p, settings.optimizer, settings.master) for p in parameters) / self.rates.bus
         return seconds
@@ -319,7 +330,9 @@ class Planner:
             **more,
         }
         ours = wanted["optimizer"] != "adamw"
-        if not ours and (wanted["offload"] or wanted["release"] != "none"):
+        if not ours and wanted["release"] != "none":
+            return None
+        if wanted["offload"] and wanted["optimizer"] in WITHOUT_OFFLOAD:
             return None
         if wanted["accumulation"] > 1 and wanted["release"] != "none":
             return None

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from pyeff.memory.rates import Rates
-from pyeff.memory.states import MASTERS, OPTIMIZERS, Master, Optimizer
+from pyeff.memory.states import MASTERS, OPTIMIZERS, WITHOUT_OFFLOAD, Master, Optimizer
 from pyeff.memory.transformer import Checkpointing, Head
 
 DType = Literal["float32", "bfloat16"]
@@ -65,8 +65,8 @@ class Settings:
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("offload", "release"):
-            if getattr(self, name) not in (False, "none") and self.optimizer == "adamw":
+        for name, without in (("offload", WITHOUT_OFFLOAD), ("release", ("adamw",))):
+            if getattr(self, name) not in (False, "none") and self.optimizer in without:
                 raise ValueError(f"{name} needs one of pyeff's optimizers, such as adamw8bit, got {self.optimizer}")
         if self.release != "none" and self.accumulation > 1:
             raise ValueError(
