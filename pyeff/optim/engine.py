@@ -32,7 +32,7 @@ from pyeff.reference.optimizer_step import AT_RANDOM, CODE, OptimizerRule
 
 
 class Optimizer8bit(torch.optim.Optimizer):
-    """Options and behaviour that `AdamW8bit`, `Adam8bit`, `Lion8bit` and `SGD8bit` share.
+    """Options and behaviour that `AdamW8bit`, `Adam8bit`, `Lion8bit`, `SGD8bit`, `Muon8bit` and `Adafactor8bit` share.
 
     block_size: 64 to 2048, a power of two. states: "8bit", or "fp32" for moments as torch keeps them (and their
     memory), which makes the step torch's to a few roundings.
@@ -52,9 +52,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     costs one more read of the gradients.
 
     All parameters of a group on a device are updated by one call of the compiled extension whatever their dtypes (on a
-    GPU: one launch after a tiny one for the scalars; nothing waits for the device). With `lr` a CUDA tensor a step can
-    be captured in a CUDA graph, after one step outside it. Parameters without a gradient are skipped and keep their
-    own count of steps.
+    GPU: one launch after a tiny one for the scalars; nothing waits for the device); `Muon8bit` and `Adafactor8bit` make
+    one or two for each. With `lr` a CUDA tensor a step can be captured in a CUDA graph, after one step outside it
+    (theirs was not tried). Parameters without a gradient are skipped and keep their own count of steps.
 
     offload: keep the states of parameters on a GPU in the host's pinned memory, where they take none of the device's
     but two slots of at most 32 MiB (or one row). A step brings them in buckets, the next while one is stepped and goes
