@@ -4,8 +4,8 @@
     python benchmarks/batch_selection.py OUT --report   # write the table of what is there into docs/selection.md
 
 A small byte-level model learns other reasoning-gym tasks than the target's (`base`), then each cell is a `pyeff run` on
-a pool of which a quarter are the target's own tasks, the rest other tasks, wrong answers and shuffled words. All arms of
-a seed share split, data order and first weights. With a budget in FLOPs choosing is paid for; with one in training
+a pool of which a quarter are the target's own tasks, the rest other tasks, wrong answers and shuffled words. All arms
+of a seed share split, data order and first weights. With a budget in FLOPs choosing is paid for; with one in training
 tokens it is free. Cells and comparisons were fixed before the first reported cell was run.
 """
 

@@ -1,11 +1,14 @@
-"""What a run has come to: the trained model on the disk, and what may be said of it."""
+"""What a run begins with and has come to, in words, and the trained model on the disk."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pyeff.errors import UserError
 from pyeff.governor import paired_gain
@@ -36,6 +39,32 @@ def save_model(job: Job, out: Path) -> None:
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
+
+
+def beginning(job: Job, *, train_flops_per_token: float) -> dict[str, Any]:
+    """The fields of a run's ``start`` event: what it was asked, what it found, and what that will cost."""
+    task, budget = job.task, job.meter.budget
+    return {
+        "config": job.config.model_dump(mode="json"),
+        "budget": {"amount": budget.amount, "unit": budget.unit, "text": str(budget)},
+        "policy": job.config.policy,
+        "model": {
+            "name": job.config.model,
+            "parameters": job.loaded.parameters,
+            "trainable": sum(parameter.numel() for parameter in job.parameters.values()),
+        },
+        "pool": {
+            "samples": len(task.pool),
+            "tokens": task.pool.tokens,
+            "by_source": dict(Counter(sample.source for sample in task.pool.samples)),
+            "removed": task.removed,
+            "dropped": task.dropped,
+        },
+        "target": {"anchors": len(task.anchors), "holdout": len(task.holdout), "selection": len(task.target)},
+        "estimates": job.estimates(train_flops_per_token),
+        "memory": job.step_shape.to_dict(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def ending(

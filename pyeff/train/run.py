@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from pyeff.train.evaluate import summarize_losses
 from pyeff.train.events import Event, EventLog, Observer
 from pyeff.train.job import Job
 from pyeff.train.refresh import refresh
-from pyeff.train.result import ending, save_model
+from pyeff.train.result import beginning, ending, save_model
 from pyeff.train.schedule import learning_rate
 from pyeff.train.state import State
 
@@ -157,33 +156,7 @@ class _Run:
         self.decisions.truncate_to(0)
         if resumed:
             self.meter.lost_since(Ledger())
-        task, budget = self.job.task, self.meter.budget
-        self._emit(
-            "start",
-            config=self.config.model_dump(mode="json"),
-            budget={"amount": budget.amount, "unit": budget.unit, "text": str(budget)},
-            policy=self.config.policy,
-            model={
-                "name": self.config.model,
-                "parameters": self.job.loaded.parameters,
-                "trainable": sum(parameter.numel() for parameter in self.job.parameters.values()),
-            },
-            pool={
-                "samples": len(task.pool),
-                "tokens": task.pool.tokens,
-                "by_source": dict(Counter(sample.source for sample in task.pool.samples)),
-                "removed": task.removed,
-                "dropped": task.dropped,
-            },
-            target={
-                "anchors": len(task.anchors),
-                "holdout": len(task.holdout),
-                "selection": len(task.target),
-            },
-            estimates=self.job.estimates(self.course.batches.flops_per_token()),
-            memory=self.job.step_shape.to_dict(),
-            threads=torch.get_num_threads(),
-        )
+        self._emit("start", **beginning(self.job, train_flops_per_token=self.course.batches.flops_per_token()))
         if resumed:
             self._emit("resume", step=0, discarded_seconds=self.meter.ledger.entry("discarded").seconds)
         self.meter.start_clock()

@@ -29,8 +29,8 @@ from pyeff.scoring import (
 from pyeff.scoring.method import PoolScore
 from pyeff.train import checkpoint as checkpoints
 from pyeff.train.build import own_memory
-from pyeff.train.config import ScoreConfig
 from pyeff.train.model import LoadedModel, load_model
+from pyeff.train.score_config import ScoreConfig
 from pyeff.train.states import training_states
 
 _METHODS: dict[str, Callable[..., PoolScore]] = {"el2n": EL2N, "grand": GraNd, "last_layer_grand": LastLayerGraNd}
