@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import mmap
 import os
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyeff.ops._optimizer_plan import FIELDS, StepPlan
 from pyeff.ops._optimizer_states import OptimizerStates, scale_shape
-from pyeff.optim import Adam8bit, AdamW8bit, GradientRelease, Lion8bit, SGD8bit, calls
+from pyeff.optim import Adafactor8bit, Adam8bit, AdamW8bit, GradientRelease, Lion8bit, Muon8bit, SGD8bit, calls
 from pyeff.reference.optimizer_step import OptimizerRule
 
 # csrc/common/optimizer_step.h
@@ -93,6 +94,24 @@ def test_no_step_reads_a_number_from_a_tensor(cls: Any, options: dict[str, Any],
             assert gpu.calls == (["table", "norm"] if options else []) + ["step", "step"]
     with pytest.raises(AssertionError, match="was read"), NothingIsRead():
         optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"skip_nonfinite": True, "master": "ecc8"}])
+@pytest.mark.parametrize(
+    ("cls", "launches"), [(Muon8bit, 4), (Adafactor8bit, 2), (partial(Adafactor8bit, beta1=0.9), 4)]
+)
+def test_no_step_along_a_direction_reads_one(
+    cls: Any, launches: int, options: dict[str, Any], gpu: FakeExtension
+) -> None:
+    params = [nn.Parameter(torch.ones(30, 7)), nn.Parameter(torch.ones(5, 9, dtype=torch.bfloat16))]
+    optimizer = cls(params, lr=0.1, **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        gpu.calls.clear()
+        with NothingIsRead():
+            optimizer.step()
+        assert gpu.calls.count("step") == launches
 
 
 @pytest.mark.parametrize("clip", [None, "delayed", "two-pass"])
