@@ -143,8 +143,8 @@ def run_cell(out: Path, name: str, **changes: Any) -> None:
 
 def cells(out: Path) -> None:
     """Run what is missing; several processes may share a directory."""
-    for seed in SEEDS:
-        for unit, budget in BUDGETS.items():
+    for unit, budget in BUDGETS.items():
+        for seed in SEEDS:
             for arm, selection in ARMS.items():
                 name = f"{unit}-{arm}-{seed}"
                 claim = out / f".{name}.claim"

@@ -140,8 +140,7 @@ class SelectedBatches(Batches):
         indices: list[int] = []
         while len(indices) < count:  # where an epoch ends a sample may come again
             indices += {self._target_order.next_index()} - set(indices)
-        most = max(self.job.step_shape.micro_tokens, int(self._target.lengths.max()))
-        return pack(self._target, indices, max_tokens=most, window=PACKING_WINDOW)
+        return pack(self._target, indices, max_tokens=self.job.step_shape.micro_tokens, window=PACKING_WINDOW)
 
     @property
     def _numbers(self) -> int:

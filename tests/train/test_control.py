@@ -58,7 +58,8 @@ def gradients(job: Job, parts: list[list[Any]]) -> list[dict[str, torch.Tensor]]
     return found
 
 
-def test_after_a_selection_the_control_batches_and_only_they_come_from_the_whole_pool(config, monkeypatch):
+@pytest.mark.parametrize("within", [None, {"method": "colm"}])
+def test_after_a_selection_the_control_batches_and_only_they_come_from_the_whole_pool(config, monkeypatch, within):
     drawn: list[tuple[int, bool, bool]] = []
     step = run._Run._step
 
@@ -69,7 +70,8 @@ def test_after_a_selection_the_control_batches_and_only_they_come_from_the_whole
         step(self, batch, price)
 
     monkeypatch.setattr(run._Run, "_step", spying)
-    result = train_run(config())
+    # Candidates of a step that chooses among them are drawn as its whole batch would be.
+    result = train_run(config(batch_selection=within, budget="10k tokens" if within else "20k tokens"))
     assert result.end["decisions"]["REFRESH"] >= 1
     after = [(number, inside) for number, selected, inside in drawn if selected]
     control = [inside for number, inside in after if is_control_batch(number, fraction=SHARE, seed=0)]
