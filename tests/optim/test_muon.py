@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import assert_as_accurate
 from torch import Tensor, nn
 
@@ -151,6 +153,32 @@ def test_each_step_with_8_bits_is_torchs_from_the_momentum_that_was_kept(options
             with torch.no_grad():
                 q.copy_(p)
                 x.copy_(p)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(-40, 40), st.integers(1, 20), st.integers(1, 300), st.sampled_from(["8bit", "fp32"]))
+def test_the_size_of_gradients_does_not_matter(exponent: int, rows: int, columns: int, states: str) -> None:
+    """To the bit for powers of two: codes are relative to their scales, and the direction to its norm."""
+    ends = []
+    for size in (1.0, 2.0**exponent):
+        p = nn.Parameter(torch.ones(rows, columns))
+        optimizer = Muon8bit([p], lr=0.1, states=states, eps=0.0)
+        for step in range(3):
+            p.grad = torch.randn(rows, columns, generator=torch.Generator().manual_seed(step)) * size
+            optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_nan_spoils_its_matrix_as_in_torch_and_no_other() -> None:
+    for cls in (Muon8bit, torch.optim.Muon):
+        params = [nn.Parameter(x) for x in start()[:2]]
+        for p, g in zip(params, gradients(0), strict=False):
+            p.grad = g.clone()
+        params[0].grad[3, 3] = torch.nan
+        cls(params).step()
+        assert params[0].isnan().all()
+        assert params[1].isfinite().all()
 
 
 def test_training_ends_within_the_spread_of_seeds_of_fp32_states() -> None:
