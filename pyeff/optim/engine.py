@@ -168,7 +168,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._count_skipped_in(self.param_groups[0].get("skipped_steps"))
+        # Groups taken from another optimizer bring its count along.
+        self._count_skipped_in(self.param_groups[0]["skipped_steps"] if len(self.param_groups) > 1 else None)
         self._options_are_seen()
 
     def _check_parameters(self, index: int) -> None:

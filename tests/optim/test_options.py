@@ -182,6 +182,14 @@ def test_a_skipped_step_inside_the_backward_counts_once(clip: str) -> None:
     assert optimizer.skipped_steps == 3
 
 
+def test_groups_of_another_optimizer_do_not_bring_its_count() -> None:
+    params, optimizer = two_groups(steps=0, skip_nonfinite=True)
+    other = AdamW8bit([dict(group) for group in optimizer.param_groups])
+    params[0].grad = torch.full_like(params[0], torch.nan)
+    optimizer.step()
+    assert (optimizer.skipped_steps, other.skipped_steps) == (1, 0)
+
+
 def test_counts_of_groups_that_were_saved_apart_are_read_as_the_largest() -> None:
     params, optimizer = two_groups(skip_nonfinite=True)
     saved = optimizer.state_dict()
