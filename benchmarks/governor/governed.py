@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pyeff.governor import Arm, GovernorConfig, GovernorPolicy, Observation, Selector
+from pyeff.governor import Action, Arm, GovernorConfig, GovernorPolicy, Observation, Selector
 
 from .policies import POOL, Base, Forecast, Move, Setup, View
 
@@ -78,6 +78,7 @@ class Governed(Base):
         self.policy = GovernorPolicy(config)
         self.previous: tuple[float, ...] = ()
         self.previous_at = 0.0
+        self.overhead = 0.0  # until the last check, and what it then went on to score
 
     def decide(self, view: View) -> Move:
         ablation = self.ablation
@@ -102,15 +103,20 @@ class Governed(Base):
                 refreshes_done=view.refreshes,
                 loss_finite=view.finite,
                 overhead=view.overhead,
+                check_cost=max(view.overhead - self.overhead, 0.0),
                 selectors=[Selector(name, cost if known else 0.0) for name, cost in view.costs.items()],
                 selector=view.selector,
                 arms=self._ways_back(view),
+                control=self.setup.control and self.control > 0,
                 batch=view.batch,
                 advantage=advantage,
                 drift=view.drift,
             )
         )
         self.previous, self.previous_at = now, view.spent
+        self.overhead = view.overhead
+        if decision.action is Action.REFRESH and not ablation.free_selection:
+            self.overhead += view.costs[str(decision.argument)]
         promise = decision.estimates.get("forecast")
         return Move(
             decision.action,

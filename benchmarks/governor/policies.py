@@ -52,6 +52,7 @@ class Setup:
         sources: number of examples of each source (domain) of the pool, by name.
         eval_flops: of one evaluation of the anchors.
         seed: of the run; a policy that draws random numbers draws them from it.
+        control: whether control batches will be measured where a policy asks for them; False where that depends.
     """
 
     budget: float
@@ -59,6 +60,7 @@ class Setup:
     sources: Mapping[str, int] = field(default_factory=dict)
     eval_flops: float = 0.0
     seed: int = 0
+    control: bool = False
 
 
 @dataclass(slots=True)

@@ -195,6 +195,7 @@ def simulate(
                 sources=dict(zip(SOURCES, worlds.shares[i].tolist(), strict=True)),
                 eval_flops=EVAL_FLOPS,
                 seed=seed,
+                control=True,
             )
         )
         for i, seed in enumerate(worlds.seeds)

@@ -15,8 +15,12 @@ from pyeff.governor.observation import Observation
 from pyeff.governor.signals import PairedGain, clustered_gain, paired_gain
 
 _KEPT_ADVANTAGES = 32
+# Of a single reading of a ratio less 1, where they are added up.
+_BOUND = 2.0
 # Share of the budget: a rate over less says nothing, and its square overflows.
 _SHORTEST = 1e-9
+# A loss from here on counts as not finite, as nan does: its square, over a short interval's, would be infinite.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class State:
     """What a policy remembers between checks.
 
     ``belief`` is None for the uniform policy. ``scoring_spent`` is what all scorings cost, so that rates are
-    per unit of training. ``selectors`` are the beliefs (mean and variance of log rho) about those not in use.
+    per unit of training; ``net_worth`` is what the control arm saw selections add to it or take from it.
+    ``selectors`` are the beliefs (mean and variance of log rho) about those not in use.
     ``candidate`` is the change that was best, but not yet made, on the last ``candidate_checks`` checks.
     """
 
@@ -35,6 +40,7 @@ class State:
     falling_back: int = 0
     below_price: int = 0
     scoring_spent: float = 0.0
+    net_worth: float = 0.0
     cooling: bool = False
     candidate: str | None = None
     candidate_checks: int = 0
@@ -70,10 +76,14 @@ class State:
         return cls(**{**plain, **parts})
 
 
+def usable(observation: Observation) -> bool:
+    """Whether every anchor loss is a number whose square is one too."""
+    return all(abs(loss) < _LARGEST for loss in (*observation.anchors_before, *observation.anchors_now))
+
+
 def gain_of(config: GovernorConfig, observation: Observation) -> PairedGain | None:
     """Measure the gain since the previous check; None at the first check and when a loss is not finite."""
-    losses = (*observation.anchors_before, *observation.anchors_now)
-    if not observation.anchors_before or observation.problem is not None or not all(map(math.isfinite, losses)):
+    if not observation.anchors_before or observation.problem is not None or not usable(observation):
         return None
     if len(set(observation.clusters)) >= 2:
         return clustered_gain(
@@ -84,9 +94,10 @@ def gain_of(config: GovernorConfig, observation: Observation) -> PairedGain | No
 
 def measured(gain: PairedGain | None, trained: float) -> dict[str, Any]:
     """Return the gain and its rate per unit of training, as a decision's estimates hold them."""
+    rate = None if gain is None or trained <= 0 else gain.mean / trained
     return {
         "gain": None if gain is None else asdict(gain),
-        "gain_rate": None if gain is None or trained <= 0 else gain.mean / trained,
+        "gain_rate": None if rate is None or math.isinf(rate) else rate,
     }
 
 
@@ -134,10 +145,18 @@ def account(config: GovernorConfig, state: State, observation: Observation, gain
         checks_since_move=None if state.checks_since_move is None else state.checks_since_move + 1,
         falling_back=state.falling_back + 1 if gain is not None and gain.high < 0 else 0,
         scoring_spent=scoring_spent,
+        net_worth=state.net_worth + _added(observation, end - start),
         advantages=_advantages(state, observation),
         forecaster=forecaster,
         belief=belief,
     )
+
+
+def _added(observation: Observation, trained: float) -> float:
+    """What the selection in use added to an interval's training, by the control arm."""
+    if observation.advantage is None:
+        return 0.0
+    return min(max(observation.advantage.ratio - 1, -_BOUND), _BOUND) * max(trained, 0.0)
 
 
 def _advantages(state: State, observation: Observation) -> tuple[tuple[str | None, Advantage], ...]:

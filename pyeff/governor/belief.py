@@ -163,7 +163,7 @@ def _learn(belief: Belief, slowing: float, slowing_sd: float, trajectory_log_sd:
     and teaches little.
     """
     # A gain lost in its own error has no usable logarithm.
-    seen = [interval for interval in belief.before if interval.gain > 0.01 * interval.standard_error]
+    seen = [i for i in belief.before if i.gain > 0.01 * i.standard_error and i.rate > 0]
     if not seen:  # nothing was being learned: no rate to compare with
         return belief
     window = belief.since
@@ -177,7 +177,7 @@ def _learn(belief: Belief, slowing: float, slowing_sd: float, trajectory_log_sd:
     # Lost ground has no logarithm: it counts as a gain of the size of its error, one standard deviation in the log.
     low, high = (math.log(limit) for limit in RATIO_LIMITS)
     usable = max(gain, error)
-    observed = math.log(usable / length) - forecast.mean if usable > 0 else low
+    observed = math.log(usable / length) - forecast.mean if usable / length > 0 else low
     observed = min(max(observed, low), high)
     noise = (error / usable if usable > 0 else 0.0) ** 2 + trajectory_log_sd**2 + forecast.variance
 

@@ -25,8 +25,8 @@ class Conformal:
     distribution, as long as scores are exchangeable (Vovk et al., 2005). Until n >= 1 / a - 1 (nine at 90 %) no finite
     interval keeps that promise and the interval is infinite: nothing may be decided on it.
 
-    Training is not exchangeable, so a itself moves: after each outcome a += step (1 - level - missed) (Gibbs and
-    Candes, 2021, arXiv:2106.00170), which brings the long-run coverage to the level for any sequence.
+    Training is not exchangeable, so from then on a itself moves: after each outcome a += step (1 - level - missed)
+    (Gibbs and Candes, 2021, arXiv:2106.00170), which brings the long-run coverage to the level for any sequence.
 
     Args:
         level: coverage wanted, in (0, 1).
@@ -76,8 +76,10 @@ class Conformal:
         """Learn how a prediction turned out."""
         _check(predicted=predicted, scale=scale, realised=realised)
         score = min(abs(realised - predicted) / scale, _LARGEST)
-        missed = score > self.quantile
-        adapted = self._missed + self.step * ((1 - self.level) - missed)
+        adapted = self._missed
+        # What came before there could be an interval is no hit of one: counted so, the first ones would be too narrow.
+        if len(self.scores) >= math.ceil(round(self.level / (1 - self.level), 9)):
+            adapted += self.step * ((1 - self.level) - (score > self.quantile))
         return replace(self, scores=(*self.scores, score)[-_KEPT:], miss_rate=adapted)
 
     def taught(self, outcomes: Iterable[tuple[float, float, float]]) -> Conformal:

@@ -32,7 +32,8 @@ class GovernorConfig:
             narrow it.
         response_checks: checks over which a refresh is judged. Two: the first after a switch still sees
             averaged weights from before it.
-        min_dwell: checks between two refreshes, so that one is judged (``response_checks``) before the next is bought.
+        min_dwell: checks between two refreshes, so that one is judged (``response_checks``) before the next is bought;
+            a check with a reading of the control arm is judged at once.
         overfit_checks: m, successive checks with the whole confidence interval of the gain below zero that
             end the run early. Three at 95 %: by sampling error alone once in 64 000.
         deadband: the expected return must exceed the cost by this share; 10 % keeps rounding-size advantages
@@ -42,8 +43,8 @@ class GovernorConfig:
             half within one.
         require_alarm: whether a second REFRESH also needs an alarm of a drift detector. Off: the pay-back rule alone
             decides, which already knows how old a selection is.
-        overhead_cap: share of the budget that evaluation, scoring and probes may take together; a REFRESH or PROBE
-            that would exceed it is not open. None: no cap but what pays.
+        overhead_cap: share of the budget that evaluation, scoring and probes may take together. What the checks to
+            come will cost is kept; a REFRESH or PROBE must fit into the rest. None: no cap but what pays.
         deviations: h, how many standard errors another arm, batch or memory mode must be better by, beside the
             ``deadband``. One, since ``window`` asks for it twice.
         window: successive checks on which the same SWITCH, BATCH or MEMORY must be best before it is made.

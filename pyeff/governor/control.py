@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _GRID = 33
+# Beyond these a reading says no more, and its square would be no number.
+_SMALLEST, _LARGEST = 1e-9, 1e9
 
 
 def is_control_batch(step: int, *, fraction: float = 0.05, seed: int = 0) -> bool:
@@ -46,7 +48,7 @@ class Advantage:
     Args:
         age: spent since the scoring, in the budget's unit.
         ratio: of the mean gains.
-        standard_error: of ``ratio``, > 0.
+        standard_error: of ``ratio``, > 0; kept between 1e-9 and 1e9, and ``ratio`` within 1e9.
     """
 
     age: float
@@ -60,6 +62,8 @@ class Advantage:
             raise ValueError(f"ratio must be finite, got {self.ratio!r}")
         if not (math.isfinite(self.standard_error) and self.standard_error > 0):
             raise ValueError(f"standard_error must be positive and finite, got {self.standard_error!r}")
+        object.__setattr__(self, "ratio", min(max(self.ratio, -_LARGEST), _LARGEST))
+        object.__setattr__(self, "standard_error", min(max(self.standard_error, _SMALLEST), _LARGEST))
 
 
 def advantage(selected: Sequence[float], control: Sequence[float], *, age: float) -> Advantage | None:
@@ -90,7 +94,7 @@ def advantage(selected: Sequence[float], control: Sequence[float], *, age: float
         return None
     ratio = means[0] / means[1]
     error = math.sqrt(errors[0] + ratio**2 * errors[1]) / means[1]
-    return Advantage(age, ratio, max(error, 1e-9))
+    return Advantage(age, ratio, max(error, _SMALLEST))
 
 
 def recent_advantage(points: Sequence[Advantage], *, within: float, count: int = 5) -> tuple[float, float, int] | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from pyeff.governor.account import State
+from pyeff.governor.account import State, usable
 from pyeff.governor.budget import format_amount
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.drift import alarmed
 from pyeff.governor.menu import over_cap
 from pyeff.governor.observation import Action, Observation, Selector, action_key
+from pyeff.governor.prospects import dwell_of
 from pyeff.governor.signals import PairedGain
 
 DUE = "one more interval would eat into the cooldown's reserve"
@@ -36,6 +38,19 @@ def cooldown_due(observation: Observation, config: GovernorConfig) -> bool:
     return observation.budget - observation.spent - observation.cooldown_cost < needed
 
 
+def room_of(new: State, observation: Observation, config: GovernorConfig) -> float:
+    """Return what the overhead cap leaves for scoring and probes; infinite without a cap.
+
+    Every check to come is paid for first, and what selections have lost so far, by the control arm, counts as overhead:
+    looking for a better one must not cost more than the cap.
+    """
+    if config.overhead_cap is None:
+        return math.inf
+    each = observation.check_cost
+    checks = math.ceil(left_of(observation) / (config.check_every * observation.budget + each))
+    return config.overhead_cap * observation.budget - observation.overhead - checks * each + min(new.net_worth, 0.0)
+
+
 def drifted(state: State, observation: Observation) -> bool:
     """Say whether any drift detector alarms, D5 among them."""
     return alarmed([*observation.drift, state.forecaster.cusum.reading])
@@ -48,6 +63,7 @@ def blocked_actions(
     observation: Observation,
     gain: PairedGain | None,
     left: float,
+    room: float,
 ) -> dict[str, str]:
     """Return the actions that are not open at this check, and why."""
 
@@ -63,15 +79,16 @@ def blocked_actions(
         return dict.fromkeys((*refresh, "COOLDOWN"), "a training loss is not finite")
     if observation.problem is not None:
         return dict.fromkeys((*refresh, "COOLDOWN"), observation.problem)
-    if observation.anchors_before and gain is None:
+    if not usable(observation):
         return dict.fromkeys((*refresh, "COOLDOWN"), "an anchor loss is not finite")
     warmup = config.warmup * observation.budget
-    if observation.step == 0 or not observation.anchors_before:
+    dwell = dwell_of(config, observation)
+    if observation.step == 0 or not (observation.anchors_before or (observation.control and observation.anchors_now)):
         why = "a selection waits until this run has shown a first gain"
     elif observation.spent < warmup:
         why = f"only {amount(observation.spent)} of the {amount(warmup)} of warm-up are spent"
-    elif observation.refreshes_done and new.checks_since_refresh < config.min_dwell:
-        why = f"this is check {new.checks_since_refresh} of {config.min_dwell} since the last one"
+    elif observation.refreshes_done and new.checks_since_refresh < dwell:
+        why = f"this is check {new.checks_since_refresh} of {dwell} since the last one"
     elif new.falling_back >= config.overfit_checks:
         why = "the anchors are getting worse"
     elif new.checks_since_move is not None and new.checks_since_move < config.min_dwell:
@@ -81,7 +98,7 @@ def blocked_actions(
     else:
         closed = {}
         for selector in observation.selectors or (Selector(None, observation.refresh_cost),):
-            reason = over_cap(observation, config, selector.cost)
+            reason = over_cap(observation, config, selector.cost, room)
             if selector.cost >= left:
                 reason = f"it costs {amount(selector.cost)} and {amount(left)} is left before the cooldown"
             if reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ from pyeff.governor.control import Advantage
 from pyeff.governor.drift import DriftReading
 from pyeff.governor.ledger import Ledger
 from pyeff.governor.log import DecisionLog
-from pyeff.governor.observation import Action, Arm, BatchSize, Decision, MemoryMode, Observation, Selector
+from pyeff.governor.observation import (
+    Action,
+    Arm,
+    BatchSize,
+    Decision,
+    MemoryMode,
+    Observation,
+    Selector,
+    _plain_fields,
+    _read_fields,
+)
 from pyeff.governor.policy import GovernorPolicy
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Governor:
@@ -45,6 +56,8 @@ class Governor:
         anchor_flops: of one evaluation of the anchors.
         selectors: what REFRESH may run, each with its cost in the budget's unit; empty: REFRESH is never asked for.
         clusters: the document of each anchor, where several come from one.
+        control: whether the loop draws control batches (:func:`is_control_batch`) while a selection is in use and
+            offers their ``advantage``. The first selection then comes one check earlier.
         cooldown: share of the budget that the anneal takes.
         config: settings; by default those of :class:`GovernorConfig` with ``overhead_cap`` 5 %
             and ``last_interval`` 0.1.
@@ -72,6 +85,7 @@ class Governor:
         anchor_flops: float = 0.0,
         selectors: Sequence[Selector] = (),
         clusters: Sequence[int] = (),
+        control: bool = False,
         cooldown: float = 0.2,
         config: GovernorConfig | None = None,
         log: str | Path | None = None,
@@ -104,6 +118,7 @@ class Governor:
         self.log = None if log is None else DecisionLog(log)
         self.steps = 0
         self._anchors, self._clusters = anchors, tuple(clusters)
+        self._control = control
         self._flops_per_token, self._anchor_flops = flops_per_token, anchor_flops
         self._selectors = tuple(selectors)
         self._clock = clock
@@ -117,6 +132,7 @@ class Governor:
         self._cooldown_start: float | None = None
         self._finite, self._problem = True, ""
         self._last_price = 0.0
+        self._check_cost = anchor_flops if self.budget.unit == "flops" else 0.0
         self._arms: tuple[Arm, ...] = ()
         self._batch: BatchSize | None = None
         self._modes: tuple[MemoryMode, ...] = ()
@@ -179,6 +195,8 @@ class Governor:
         self.charge("cooldown" if self.cooling else "train", flops=flops, tokens=tokens, joules=joules)
         self.steps += 1
         self._last_price = self.spent - before
+        if not self._last_price and self.steps == 1 and self.budget.unit != "seconds":
+            raise ValueError(f"{self.budget.unit} of a step must be more than 0, or the budget never ends")
         if loss is not None and not math.isfinite(loss):
             self._finite = False
         if self.cooling or self.spent < min(self._next_check, self._plateau_end):
@@ -191,11 +209,13 @@ class Governor:
 
     def charge(self, field: str, *, flops: float = 0.0, tokens: int = 0, joules: float | None = None) -> None:
         """Charge other work (eval, score, probe) with the seconds since the last charge."""
-        now = self._clock()
+        now, before = self._clock(), self.spent
         if now < self._mark:
             self._problem = "the clock ran backwards"
         self.ledger.charge(field, flops=flops, seconds=max(now - self._mark, 0.0), tokens=tokens, joules=joules)
         self._mark = now
+        if field not in ("train", "cooldown"):  # an interval is one of training
+            self._next_check += self.spent - before
 
     def scored(self, selector: str | None = None, *, flops: float = 0.0, tokens: int = 0) -> None:
         """Say that the pool was scored and a selection is in use, and charge it. Call it after a REFRESH."""
@@ -245,11 +265,16 @@ class Governor:
             "finite": self._finite,
             "problem": self._problem,
             "last_price": self._last_price,
+            "check_cost": self._check_cost,
+            "advantage": None if self._advantage is None else asdict(self._advantage),
+            "drift": [_plain_fields(reading) for reading in self._drift],
             "decisions": None if self.log is None else len(self.log),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state, and cut the log to the decisions it had then. Offers are not part of it.
+        """Replace the state, and cut the log to the decisions it had then.
+
+        Offers (arms, batch, memory modes, selectors) are not part of it: make them again.
 
         Raises ValueError for a state of another version or another budget.
         """
@@ -265,7 +290,9 @@ class Governor:
         self._scored_at, self._selector = state["scored_at"], state["selector"]
         self._refreshes, self._cooldown_start = state["refreshes"], state["cooldown_start"]
         self._finite, self._problem = state["finite"], state["problem"]
-        self._last_price = state["last_price"]
+        self._last_price, self._check_cost = state["last_price"], state["check_cost"]
+        self._advantage = None if state["advantage"] is None else Advantage(**state["advantage"])
+        self._drift = tuple(_read_fields(DriftReading, reading) for reading in state["drift"])
         self._mark = self._clock()
         if self.log is not None and state["decisions"] is not None:
             self.log.truncate_to(state["decisions"])
@@ -284,13 +311,19 @@ class Governor:
         return self._cooldown_start / (1 - self.cooldown)
 
     def _check(self) -> Decision:
-        now = tuple(float(loss) for loss in self._anchors())
-        self.charge("eval", flops=self._anchor_flops)
+        before, overhead = self._previous, self.ledger.overhead_spent(self.budget.unit)
+        cap = math.inf if self.config.overhead_cap is None else self.config.overhead_cap * self.budget.amount
+        now: tuple[float, ...] = ()
+        if overhead + self._check_cost > cap:
+            self._problem = "the overhead cap has no room to evaluate the anchors"
+        else:
+            now = tuple(float(loss) for loss in self._anchors())
+            self.charge("eval", flops=self._anchor_flops)
+            self._check_cost = self.ledger.overhead_spent(self.budget.unit) - overhead
+            if len(now) < 2 or (before and len(now) != len(before)):
+                self._problem, now = f"the anchors were {len(before)} samples and are {len(now)}", ()
         self._next_check = self.spent + self.config.check_every * self.budget.amount
-        before = self._previous
-        if len(now) < 2 or (before and len(now) != len(before)):
-            self._problem = f"the anchors were {len(before)} samples and are {len(now)}"
-            before = now = ()
+        before = before if now else ()
         clusters = self._clusters if len(self._clusters) == len(now) else ()
         decision = self.policy.decide(
             Observation(
@@ -317,7 +350,9 @@ class Governor:
                 memory_modes=self._modes,
                 advantage=self._advantage,
                 drift=self._drift,
+                control=self._control,
                 problem=self._problem or None,
+                check_cost=self._check_cost,
             )
         )
         if self.log is not None:
@@ -326,4 +361,6 @@ class Governor:
         self._finite, self._problem, self._advantage, self._drift = True, "", None, ()
         if decision.action is Action.COOLDOWN:
             self._cooldown_start = self.spent
+        elif decision.action is Action.SWITCH:  # whatever was selected is left
+            self._selector = self._scored_at = None
         return decision

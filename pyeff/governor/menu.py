@@ -14,6 +14,9 @@ from pyeff.governor.budget import format_amount
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.observation import POOL, Action, Arm, BatchSize, MemoryMode, Observation
 
+# Of what is offered: beyond it a ratio says no more, and what it is worth would be no number.
+_FASTEST = 1e9
+
 
 @dataclass(frozen=True)
 class Option:
@@ -25,26 +28,27 @@ class Option:
     blocked: str | None = None
 
 
-def options(observation: Observation, config: GovernorConfig, left: float) -> list[Option]:
-    """Weigh every offered SWITCH, PROBE, BATCH and MEMORY with ``left`` of the budget before the cooldown."""
+def options(observation: Observation, config: GovernorConfig, left: float, room: float = math.inf) -> list[Option]:
+    """Weigh every offered SWITCH, PROBE, BATCH and MEMORY with ``left`` of the budget before the cooldown and ``room``
+    under the overhead cap."""
     found = []
     for arm in observation.arms:
         found.append(_switch(arm, config, left))
         if arm.probe_cost is not None:
-            found.append(_probe(arm, observation, config, left))
+            found.append(_probe(arm, observation, config, left, room))
     if observation.batch is not None:
         found += [_batch(observation.batch, config, left, doubled) for doubled in (True, False)]
     return found + [_memory(mode, config, left) for mode in observation.memory_modes]
 
 
-def over_cap(observation: Observation, config: GovernorConfig, cost: float) -> str | None:
-    """Say why an overhead of this cost exceeds the cap; None where it does not."""
-    if config.overhead_cap is None or observation.overhead + cost <= config.overhead_cap * observation.budget:
+def over_cap(observation: Observation, config: GovernorConfig, cost: float, room: float) -> str | None:
+    """Say why this cost does not fit into ``room``, what the cap has left; None where it does."""
+    if cost <= room:
         return None
     unit = observation.unit
     return (
-        f"with {format_amount(observation.overhead, unit)} of overhead spent, {format_amount(cost, unit)} more would "
-        f"exceed the cap of {config.overhead_cap:.0%} of the budget"
+        f"it costs {format_amount(cost, unit)}, and beside what was spent and the checks to come the cap of "
+        f"{config.overhead_cap or 1.0:.0%} of the budget leaves {format_amount(max(room, 0.0), unit)}"
     )
 
 
@@ -58,12 +62,13 @@ def _switch(arm: Arm, config: GovernorConfig, left: float) -> Option:
     return Option(Action.SWITCH, arm.name, _worth(arm.ratio, arm.switch_cost, left), blocked)
 
 
-def _probe(arm: Arm, observation: Observation, config: GovernorConfig, left: float) -> Option:
+def _probe(arm: Arm, observation: Observation, config: GovernorConfig, left: float, room: float) -> Option:
     """The value of knowing: E max(0, best after the probe) - max(0, best now) - cost, by a normal posterior."""
     assert arm.probe_cost is not None
     after = max(left - arm.probe_cost, 0.0)
     # Standard deviation of the mean that the probe will leave: what it can be expected to teach.
-    spread = arm.standard_error**2 / math.hypot(arm.standard_error, arm.probe_error)
+    known = min(arm.standard_error, _FASTEST)
+    spread = known * (known / math.hypot(known, arm.probe_error))
     mean = _worth(arm.ratio, arm.switch_cost, after)
     deviation = spread * max(after - arm.switch_cost, 0.0)
     if deviation > 0:
@@ -73,7 +78,7 @@ def _probe(arm: Arm, observation: Observation, config: GovernorConfig, left: flo
     else:
         informed = max(mean, 0.0)
     value = informed - max(mean, 0.0) - (1 + config.deadband) * arm.probe_cost
-    return Option(Action.PROBE, arm.name, value, over_cap(observation, config, arm.probe_cost))
+    return Option(Action.PROBE, arm.name, value, over_cap(observation, config, arm.probe_cost, room))
 
 
 def _batch(batch: BatchSize, config: GovernorConfig, left: float, doubled: bool) -> Option:
@@ -81,7 +86,9 @@ def _batch(batch: BatchSize, config: GovernorConfig, left: float, doubled: bool)
     factor, name = (2.0, "x2") if doubled else (0.5, "/2")
     noise = batch.low if doubled else batch.high  # the end of the interval that speaks against
     rate = batch.doubled_rate if doubled else batch.halved_rate
-    ratio = rate * (batch.size + noise) / (factor * batch.size + noise)
+    # Divided by the larger of both, so that no sum overflows.
+    unit = max(batch.size, noise)
+    ratio = rate * (batch.size / unit + noise / unit) / (factor * (batch.size / unit) + noise / unit)
     blocked = None
     if doubled and not batch.size < config.batch_ratio * batch.low:
         blocked = f"{batch.size:g} is not below {config.batch_ratio:g} of the noise scale, at least {batch.low:.3g}"
@@ -103,4 +110,4 @@ def _memory(mode: MemoryMode, config: GovernorConfig, left: float) -> Option:
 
 
 def _worth(ratio: float, cost: float, left: float) -> float:
-    return ratio * max(left - cost, 0.0) - left
+    return min(ratio, _FASTEST) * max(left - cost, 0.0) - left

@@ -165,6 +165,7 @@ class Observation:
         loss_finite: whether every training loss since the previous check was finite.
         clusters: the document of each anchor, where several come from one; empty where they are independent.
         overhead: what was spent on evaluation, scoring and probes, where a cap on it is set.
+        check_cost: of that, what every check costs; the cap keeps it for the checks to come.
         price: nats that a unit of the budget must return (priced compute); None where the budget is already paid for.
         selectors: what REFRESH may run; empty: the one of ``refresh_cost``.
         selector: name of the one that made the present selection.
@@ -173,6 +174,8 @@ class Observation:
         memory_modes: what MEMORY may choose from.
         advantage: what the control arm measured since the previous check.
         drift: readings of detectors D1 to D4 since the previous check.
+        control: whether a control arm will measure what a selection is worth. A first one then need not wait for a gain
+            to be compared with.
         problem: why this check could not be measured, as words to follow a colon; nothing is then decided on it.
 
     Raises ValueError for amounts that are negative or not finite, an unknown unit, and anchors that do not
@@ -202,6 +205,8 @@ class Observation:
     advantage: Advantage | None = None
     drift: Sequence[DriftReading] = ()
     problem: str | None = None
+    check_cost: float = 0.0
+    control: bool = False
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -210,8 +215,8 @@ class Observation:
             value = getattr(self, name)
             if isinstance(value, bool) or value != int(value) or value < 0:
                 raise ValueError(f"{name} must be a whole number and not negative, got {value!r}")
-        amounts = ("spent", "budget", "spent_before", "refresh_cost", "cooldown_cost", "scored_at", "overhead", "price")
-        for name in amounts:
+        amounts = ("spent", "budget", "spent_before", "refresh_cost", "cooldown_cost", "scored_at")
+        for name in (*amounts, "overhead", "check_cost", "price"):
             value = getattr(self, name)
             if value is None and name in ("scored_at", "price"):
                 continue
@@ -256,7 +261,7 @@ class Observation:
         for name in ("batch", "advantage"):
             plain[name] = None if plain[name] is None else _plain_fields(plain[name])
         # What was not offered is not written: most runs use few of these.
-        return {name: value for name, value in plain.items() if name not in _OPTIONAL or value not in (None, [], 0.0)}
+        return {name: value for name, value in plain.items() if _OPTIONAL.get(name, _ALWAYS) != value}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Observation:
@@ -273,7 +278,11 @@ class Observation:
 
 
 _OFFERS: dict[str, Any] = {"selectors": Selector, "arms": Arm, "memory_modes": MemoryMode, "drift": DriftReading}
-_OPTIONAL = {*_OFFERS, "clusters", "overhead", "price", "selector", "batch", "advantage", "problem"}
+# And what they are where they are not offered.
+_OPTIONAL: dict[str, Any] = {name: [] for name in (*_OFFERS, "clusters")}
+_OPTIONAL |= dict.fromkeys(("price", "selector", "batch", "advantage", "problem"))
+_OPTIONAL |= {"overhead": 0.0, "check_cost": 0.0, "control": False}
+_ALWAYS = object()
 
 
 @dataclass(frozen=True)

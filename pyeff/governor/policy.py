@@ -12,10 +12,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pyeff.governor.account import State, account, gain_of, measured
-from pyeff.governor.belief import Belief
+from pyeff.governor.belief import RATIO_LIMITS, Belief
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.forecast import Promise
-from pyeff.governor.gates import DUE, blocked_actions, cooldown_due, left_of, refresh_key, refresh_keys, why_closed
+from pyeff.governor.gates import (
+    DUE,
+    blocked_actions,
+    cooldown_due,
+    left_of,
+    refresh_key,
+    refresh_keys,
+    room_of,
+    why_closed,
+)
 from pyeff.governor.menu import Option, options
 from pyeff.governor.observation import (
     POOL,
@@ -44,8 +53,9 @@ __all__ = [
 ]
 
 # Of what a decision's inputs hold. A log of another version cannot be replayed by this one.
-VERSION = 3
+VERSION = 4
 
+_LARGEST = 1e300
 _WINDOWED = (Action.SWITCH, Action.BATCH, Action.MEMORY)
 _RETREAT = action_key(Action.SWITCH, POOL)
 
@@ -170,8 +180,8 @@ def _decide_governor(config: GovernorConfig, state: State, observation: Observat
     assert new.belief is not None
     fading = fading_of(config, new, observation)
     ratio, decay = fading.gain_ratio, fading.decay
-    interval = config.check_every * observation.budget
-    left = max(observation.budget - observation.spent - observation.cooldown_cost, 0.0)
+    left = left_of(observation)
+    room = room_of(new, observation, config)
     stale_for = None if observation.scored_at is None else observation.spent - observation.scored_at
     selectors = observation.selectors or (Selector(None, observation.refresh_cost),)
     known = {refresh_key(each): selector_fading(config, new, observation, each, fading) for each in selectors}
@@ -188,15 +198,17 @@ def _decide_governor(config: GovernorConfig, state: State, observation: Observat
         for selector in selectors
     }
     renewals = {
-        refresh_key(selector): Renewal.of(known[refresh_key(selector)], selector.cost, left, config, observation)
+        refresh_key(selector): Renewal.of(
+            known[refresh_key(selector)], selector.cost, left, room, config, observation, present=fading, age=stale_for
+        )
         for selector in selectors
     }
-    # To wait for the next check and take the best refresh then.
-    waiting = advantage_over(gain_ratio=ratio, decay=decay, length=min(interval, left), age=stale_for)
-    waiting += max([0.0, *(renewal.later for renewal in renewals.values())])
+    # To go on, and take the best refresh at a later check or none.
+    waiting = advantage_over(gain_ratio=ratio, decay=decay, length=left, age=stale_for)
+    waiting = max([waiting, *(renewal.later for renewal in renewals.values())])
     rest = worth_of_training(gain_ratio=ratio, decay=decay, remaining=left, stale_for=stale_for)
     overfit = new.falling_back >= config.overfit_checks
-    blocked = blocked_actions(config, state, new, observation, gain, left)
+    blocked = blocked_actions(config, state, new, observation, gain, left, room)
     annealing = "CONTINUE" in blocked
     values = {"CONTINUE": 0.0}
     choices: dict[str, tuple[Action, str | None]] = {"CONTINUE": (Action.CONTINUE, None)}
@@ -205,13 +217,14 @@ def _decide_governor(config: GovernorConfig, state: State, observation: Observat
         values[key] = weighed[key].benefit - (1 + config.deadband) * weighed[key].cost
         if values[key] > 0:
             values[key] += renewals[key].more
-            if renewals[key].now < waiting and stale_for is not None:
+            if renewals[key].now < waiting:
                 blocked.setdefault(key, "it will be worth more later, when the present selection has aged")
         choices[key] = (Action.REFRESH, selector.name)
     choices["COOLDOWN"] = (Action.COOLDOWN, None)
     # To stop forgoes the rest, which is worth its negative once training makes the anchors worse.
     values["COOLDOWN"] = 0.0 if annealing else rest if overfit else -rest
-    menu = options(replace(observation, arms=arms_of(new, observation, stale_for)), config, left)
+    arms = arms_of(new, observation, stale_for)
+    menu = options(replace(observation, arms=arms), config, left, room)
     for option in menu:
         key = action_key(option.action, option.argument)
         values[key], choices[key] = option.value, (option.action, option.argument)
@@ -222,12 +235,21 @@ def _decide_governor(config: GovernorConfig, state: State, observation: Observat
     new, unpriced = _price(config, state, observation, new, ratio, menu, blocked)
     if unpriced is not None and not annealing and "COOLDOWN" not in blocked:
         values["COOLDOWN"] = unpriced * left
+    # A worth that no log can hold is as good, or as bad, as any other of its size.
+    values = {name: min(max(value, -_LARGEST), _LARGEST) for name, value in values.items()}
     # Of equals max takes the first: to go on.
     ranked = sorted((key for key in choices if key not in blocked), key=lambda key: -values[key])
     new, key = _wait_for_window(config, new, ranked, choices, blocked)
     action, argument = choices[key]
-    promise = _promise(config, new, observation, gain, action, ratio, decay, stale_for)
-    shown = weighed[key if action is Action.REFRESH else refresh_key(selectors[0])]
+    # Of refreshes not taken the best is shown.
+    refresh = key if action is Action.REFRESH else max(known, key=lambda each: values[each])
+    shown, fresh = weighed[refresh], known[refresh]
+    kept = 0.0 if stale_for is None else math.exp(-stale_for / decay)
+    pace = 1 + (ratio - 1) * kept  # of the present selection, in units of the pool's
+    factor = fresh.gain_ratio / pace if action is Action.REFRESH else 1.0
+    if action is Action.SWITCH:
+        factor = next(arm.ratio for arm in arms if arm.name == argument)
+    promise = _promise(config, new, observation, gain, action, min(factor, RATIO_LIMITS[1]))
     assert new.belief is not None
     low, high = new.belief.interval()
     decision = Decision(
@@ -241,8 +263,8 @@ def _decide_governor(config: GovernorConfig, state: State, observation: Observat
             action,
             blocked,
             left=left,
-            ratio=ratio,
-            decay=decay,
+            fading=fresh,
+            selector=refresh,
             state=new,
             argument=argument,
             key=key,
@@ -341,11 +363,12 @@ def _promise(
     observation: Observation,
     gain: PairedGain | None,
     action: Action,
-    ratio: float,
-    decay: float,
-    stale_for: float | None,
+    factor: float,
 ) -> dict[str, Any] | None:
-    """What the next interval should gain under the action taken, for the audit; None where it cannot be said."""
+    """What the next interval should gain under the action taken, for the audit; None where it cannot be said.
+
+    ``factor`` is how many times faster than before it should train.
+    """
     if action is Action.COOLDOWN or gain is None:
         return None
     length = config.check_every * observation.budget
@@ -356,10 +379,6 @@ def _promise(
     )
     if found is None:
         return None
-    factor = 1.0
-    if action is Action.REFRESH:
-        kept = 0.0 if stale_for is None else math.exp(-stale_for / decay)
-        factor = ratio / (1 + (ratio - 1) * kept)
     rate, scale = found.rate * factor, found.scale * factor
     low, high = new.forecaster.calibration.interval(predicted=rate, scale=scale)
     known = new.forecaster.calibration.calibrated

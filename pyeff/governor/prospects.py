@@ -10,31 +10,56 @@ from pyeff.governor.belief import RATIO_LIMITS
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.control import Advantage, Fading, estimate_fading, recent_advantage
 from pyeff.governor.observation import POOL, Arm, Observation, Selector
-from pyeff.governor.plan import advantage_over, worth_of_renewing
+from pyeff.governor.plan import advantage_over, worth_of_renewing, worth_of_waiting
 
 # Of a ratio nobody has measured.
 _UNKNOWN_ERROR = 1e6
 _FASTEST = RATIO_LIMITS[1]
 # Of the control arm, until which a selection gets the benefit of the doubt.
-_READINGS = 3
+_READINGS = 2
+
+
+def dwell_of(config: GovernorConfig, observation: Observation) -> int:
+    """Checks that a selection is kept at least: one where the control arm has just judged it."""
+    return config.min_dwell if observation.advantage is None else 1
 
 
 @dataclass(frozen=True)
 class Renewal:
-    """What refreshing now is worth with the renewals that follow, what it is worth at the next check, and what the
-    renewals add to it."""
+    """What refreshing now is worth with the renewals that follow, what waiting for a later check with the present
+    selection is, and what the renewals add to the first."""
 
     now: float
     later: float
     more: float
 
     @classmethod
-    def of(cls, fading: Fading, cost: float, left: float, config: GovernorConfig, observation: Observation) -> Renewal:
-        """Weigh a selector of this cost with ``left`` of the budget before the cooldown."""
+    def of(
+        cls,
+        fading: Fading,
+        cost: float,
+        left: float,
+        room: float,
+        config: GovernorConfig,
+        observation: Observation,
+        *,
+        present: Fading,
+        age: float | None,
+    ) -> Renewal:
+        """Weigh a selector of this cost with ``left`` of the budget before the cooldown, ``room`` of it for scoring."""
         interval = config.check_every * observation.budget
-        how: dict[str, float] = {"gain_ratio": fading.gain_ratio, "decay": fading.decay, "refresh_cost": cost}
-        now = worth_of_renewing(**how, remaining=left, shortest=interval * config.min_dwell)
-        later = worth_of_renewing(**how, remaining=max(left - interval, 0.0), shortest=interval * config.min_dwell)
+        how: dict[str, float] = {
+            "gain_ratio": fading.gain_ratio,
+            "decay": fading.decay,
+            "refresh_cost": cost,
+            "remaining": left,
+            "shortest": interval * dwell_of(config, observation),
+            "room": room,
+        }
+        now = worth_of_renewing(**how)
+        later = worth_of_waiting(
+            **how, interval=interval, present_ratio=present.gain_ratio, present_decay=present.decay, age=age
+        )
         once = advantage_over(gain_ratio=fading.gain_ratio, decay=fading.decay, length=left - cost) - cost
         return cls(now, later, now - once)
 
@@ -93,13 +118,14 @@ def arms_of(state: State, observation: Observation, stale_for: float | None) -> 
     found = []
     for arm in observation.arms:
         if arm.name == POOL:
-            if recent is None or recent[0] <= 0:
-                # Nothing measured, or a selection that does no good at all: as fast a way back as can be written.
-                ratio, error = (1.0, _UNKNOWN_ERROR) if recent is None else (_FASTEST, 0.0)
-            else:
-                # A few readings are enough to ask of a selection that it be faster at all: going back is free.
-                proof = recent[2] < _READINGS
-                ratio, error = 1 / recent[0], recent[1] / recent[0] ** 2 if proof else 0.0
-            arm = replace(arm, ratio=min(ratio, _FASTEST), standard_error=min(error, _UNKNOWN_ERROR))
+            ratio, error = 1.0, _UNKNOWN_ERROR  # nothing measured
+            if recent is not None:
+                mean, deviation, readings = recent
+                ratio = min(1 / max(mean, 1 / _FASTEST), _FASTEST)
+                # As sure as it is that the selection is slower than uniform batches. A few readings are enough to ask
+                # of it that it be faster at all: going back is free.
+                sure = (ratio - 1) / (1 - mean) if mean < 1 else ratio**2
+                error = deviation * sure if readings < _READINGS else 0.0
+            arm = replace(arm, ratio=ratio, standard_error=min(error, _UNKNOWN_ERROR))
         found.append(arm)
     return tuple(found)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pyeff.governor.account import State
 from pyeff.governor.budget import format_amount
 from pyeff.governor.config import GovernorConfig
-from pyeff.governor.gates import refresh_keys
+from pyeff.governor.control import Fading
+from pyeff.governor.gates import refresh_key, refresh_keys
 from pyeff.governor.observation import Action, Observation
 from pyeff.governor.payback import PayBack
 from pyeff.governor.signals import PairedGain
@@ -36,8 +37,8 @@ def reason_of(
     blocked: Mapping[str, str],
     *,
     left: float,
-    ratio: float,
-    decay: float,
+    fading: Fading,
+    selector: str,
     state: State,
     key: str,
     argument: str | None,
@@ -66,16 +67,22 @@ def reason_of(
     refused = [blocked.get(each) for each in refresh_keys(observation)]
     if action is Action.CONTINUE and all(refused):
         return f"Go on: {progress}; no refresh: {refused[0]}."
-    offered = {selector.name: selector.cost for selector in observation.selectors}
-    cost = offered.get(argument, observation.selectors[0].cost if offered else observation.refresh_cost)
+    offered = {refresh_key(each): each.cost for each in observation.selectors}
+    cost = offered.get(selector, observation.refresh_cost)
     price = amount(cost)
     if weighed.cost != cost:
         price += f", worth {amount(weighed.cost)} of unselected training,"
     weights = (
         f"scoring the pool costs {price} and should return {amount(weighed.benefit)} in the {amount(left)} left "
-        f"before the cooldown (gain ratio {ratio:.2f}, fading over {amount(decay)})"
+        f"before the cooldown (gain ratio {fading.gain_ratio:.2f}, fading over {amount(fading.decay)})"
     )
     if action is Action.REFRESH:
         return f"Refresh{'' if argument is None else f' by {argument}'}: {weights}; {progress}."
-    short = f", not {config.deadband:.0%} more" if weighed.benefit > weighed.cost else ""
-    return f"Go on: {weights}{short}; {progress}."
+    short = (
+        f", not {config.deadband:.0%} more"
+        if weighed.cost < weighed.benefit <= (1 + config.deadband) * weighed.cost
+        else ""
+    )
+    which = "" if len(offered) < 2 else f" ({selector})"
+    waits = f"; {blocked[selector]}" if selector in blocked else ""
+    return f"Go on: {weights}{which}{short}{waits}; {progress}."

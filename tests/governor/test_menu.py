@@ -126,8 +126,17 @@ def test_the_overhead_cap_is_kept():
     assert GovernorPolicy(config).decide(observe(arms=arms, overhead=2.9)).action is Action.PROBE
     decision = GovernorPolicy(config).decide(observe(arms=arms, overhead=3.1, refresh_cost=2.0))
     assert decision.action is Action.CONTINUE
-    assert "exceed the cap of 5% of the budget" in decision.blocked["PROBE(code)"]
-    assert "exceed the cap" in decision.blocked["REFRESH"]
+    assert "the cap of 5% of the budget leaves 1.9 F" in decision.blocked["PROBE(code)"]
+    assert "the cap of 5% of the budget leaves 1.9 F" in decision.blocked["REFRESH"]
+
+
+def test_the_cap_keeps_what_the_checks_to_come_will_cost():
+    config = dataclasses.replace(QUICK, overhead_cap=0.05)
+    seen = observe(overhead=1.0, refresh_cost=3.0)
+    assert GovernorPolicy(config).decide(seen).action is Action.REFRESH
+    # 60 are left before the cooldown: at an interval of 5 that is twelve checks, and 3 + 1 + 12 x 0.1 is above 5.
+    seen = dataclasses.replace(seen, check_cost=0.1)
+    assert "leaves 2.8" in GovernorPolicy(config).decide(seen).blocked["REFRESH"]
 
 
 def batch(size, noise, **options):

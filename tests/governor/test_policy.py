@@ -209,6 +209,14 @@ def test_the_first_check_never_scores_an_untrained_model():
         assert "REFRESH" in decision.blocked
 
 
+def test_a_first_selection_waits_for_no_gain_where_a_control_arm_will_measure_it():
+    first = observe(refresh_cost=0.001, anchors_before=(), control=True)
+    assert GovernorPolicy().decide(first).action is Action.REFRESH
+    assert GovernorPolicy().decide(dataclasses.replace(first, anchors_now=())).action is Action.CONTINUE
+    broken = dataclasses.replace(first, anchors_now=(math.nan, 2.0, 2.0))
+    assert "not finite" in GovernorPolicy().decide(broken).blocked["REFRESH"]
+
+
 def test_the_warm_up_is_waited_for():
     governor = GovernorPolicy(GovernorConfig(warmup=0.2))
     assert "warm-up" in governor.decide(observe(spent=19.0)).blocked["REFRESH"]
