@@ -94,7 +94,8 @@ class Asha(Base):
     """B7: successive halving over the arms (the pool and every selection), the best ``1 / eta`` go on each rung.
 
     Each rung has the same share of the plateau, so the first one's branches are short. A branch selects once, when it
-    first gets a turn after its first interval.
+    gets its second turn: none scores untrained weights. The first rung has two turns of each at least, since arms that
+    have not selected yet are all the same.
     """
 
     needs = frozenset({"anchors"})
@@ -117,7 +118,7 @@ class Asha(Base):
     def _deal(self) -> None:
         intervals = int((1 - self.cooldown) / self.check_every + 1e-9)
         # The last rung keeps one branch and everything left.
-        each = max(intervals // (self.rungs + 1) // len(self.alive), 1)
+        each = max(intervals // (self.rungs + 1) // len(self.alive), 1 if self.rung else 2)
         self.turns = [branch for branch in self.alive for _ in range(each)]
 
     def choose(self, view: View) -> Move:

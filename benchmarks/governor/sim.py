@@ -1,10 +1,10 @@
 """The simulated tier: every contender in worlds whose laws are known, against an oracle that knows them.
 
-    python -m benchmarks.governor --tier sim [--held-out] [--seeds 100] [--few 20] [--out DIR]
+    python -m benchmarks.governor --tier sim [--held-out] [--first 0] [--seeds 100] [--few 20] [--out DIR]
 
 Cheap policies take ``--seeds`` runs of each family and budget, those that think (the governor, its ablations, the
 mixture laws) the first ``--few`` of them: comparisons are over shared seeds. Development draws seeds from 10000 on,
-``--held-out`` from 0 on and from other parameters. Writes sim.json and sim.png.
+``--held-out`` from ``--first`` on and from other parameters. Writes sim.json and sim.png.
 """
 
 from __future__ import annotations
@@ -236,18 +236,19 @@ def _one(arguments: tuple[str, float, range, int, bool]) -> list[Run]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.governor --tier sim")
     parser.add_argument("--held-out", action="store_true", help="report: other seeds and other parameters")
+    parser.add_argument("--first", type=int, default=0, help="first seed of --held-out")
     parser.add_argument("--seeds", type=int, default=100, help="runs of each family and budget")
     parser.add_argument("--few", type=int, default=20, help="of these for policies that take milliseconds to decide")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    start = 0 if options.held_out else DEVELOPMENT
+    start = options.first if options.held_out else DEVELOPMENT
     seeds = range(start, start + options.seeds)
     began = time.monotonic()
     cells = [(family, b, seeds, options.few, options.held_out) for family in FAMILIES + CONTROLS for b in BUDGETS]
     with ProcessPoolExecutor(options.workers) as pool:
         runs = [run for found in pool.map(_one, cells) for run in found]
-    found = judge(runs) | {"held_out": options.held_out, "seeds": options.seeds, "few": options.few}
+    found = judge(runs) | {"held_out": options.held_out, "first": start, "seeds": options.seeds, "few": options.few}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("sim.json" if options.held_out else "sim_development.json")
     partial_path = path.with_suffix(".partial")

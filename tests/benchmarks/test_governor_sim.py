@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 from governor import metrics, replay
-from governor.baselines import FixedInterval, Static, UniformLinear, UniformWsd
+from governor.baselines import Asha, FixedInterval, Static, UniformLinear, UniformWsd
 from governor.governed import ABLATIONS, Governed
 from governor.oracle import best_training, oracle_runs
 from governor.policies import Setup, View, cooldown_end, lr_factor
@@ -117,6 +117,26 @@ def test_a_cell_is_judged_and_the_placebo_is_as_busy_as_the_governor():
     found = judge(runs)
     assert found["policies"]["uniform-linear"]["regret"] in (None, pytest.approx(1.0))
     assert {"oracle", "placebo", "cads-s", "ado", "asha-2", GOVERNOR} <= found["policies"].keys()
+
+
+def test_successive_halving_ranks_arms_that_have_selected():
+    """Where nothing is scored before the first cut, the arms differ by chance alone."""
+    worlds = draw("fading", SEEDS[:1])
+    policy = Asha(Setup(budget=16.0, selectors=dict(zip(SELECTORS, worlds.cost[0].tolist(), strict=True))))
+    at_first_cut: list[int] = []
+
+    def watched(setup):
+        deal = policy._deal
+
+        def dealt():
+            at_first_cut.append(len(policy.selected))
+            deal()
+
+        policy._deal = dealt
+        return policy
+
+    simulate(worlds, watched, 16.0)
+    assert at_first_cut[0] == len(SELECTORS)
 
 
 def test_regret_is_nothing_for_the_oracle_one_for_uniform_and_undecided_where_nothing_is_to_win():
