@@ -13,7 +13,7 @@ from torch import Tensor
 from pyeff.ops._optimizer_states import check_memory, master_of
 from pyeff.optim.directions import LAST, SECOND, SECOND_SCALE, STEP, DirectionPlan
 from pyeff.optim.engine import Optimizer8bit
-from pyeff.optim.sharding import is_distributed
+from pyeff.optim.sharding import is_distributed, local, placed, shard_groups
 from pyeff.reference.optimizer_step import OptimizerRule
 
 _EPS1 = torch.finfo(torch.float32).eps
@@ -37,7 +37,7 @@ class AdafactorPlan(DirectionPlan):
     def direction(self, i: int, rule: OptimizerRule, lr: float | Tensor, norm: Tensor | None) -> Tensor:  # noqa: D102
         assert isinstance(rule, AdafactorRule)
         p, g = self.params[i], self.gradient(i, rule, norm)
-        if p.numel() == 0:
+        if self.whole[i].numel() == 0:
             return g
         step = self.states[i][STEP]
         assert step is not None
@@ -45,13 +45,13 @@ class AdafactorPlan(DirectionPlan):
         taken = None if norm is None else norm.isfinite()
         u = self._second_moment(i, g, step.pow(rule.beta2_decay).float(), rule.eps1, taken)
         u = u.clamp_(min=rule.eps1**2).rsqrt_().mul_(g)
-        u.div_((_rms(u) / rule.d).clamp_min(1.0))
+        u.div_((self._rms(i, u) / rule.d).clamp_min(1.0))
         if self.states[i][0] is not None:
             u = self.momentum(i, u, rule, norm)
         if rule.relative_step:
             u.mul_((step.rsqrt() / lr).clamp_max(1.0).float())
         if rule.scale_parameter:
-            u.mul_(_rms(p).clamp_min(rule.eps2))
+            u.mul_(self._rms(i, p).clamp_min(rule.eps2))
         return u
 
     def _second_moment(self, i: int, g: Tensor, weight: Tensor, eps1: float, taken: Tensor | None) -> Tensor:
@@ -67,13 +67,28 @@ class AdafactorPlan(DirectionPlan):
             return updated(variance, g.square())
         assert rows is not None
         assert columns is not None
-        means = [torch.linalg.vector_norm(g, dim=k, keepdim=True).square_().div_(g.shape[k]) for k in (-1, -2)]
-        row, column = updated(rows, means[0]), updated(columns, means[1])
-        return (row @ column).div_(row.mean(-2, keepdim=True).clamp_(min=eps1))
+        along_rows, along_columns = (torch.linalg.vector_norm(g, dim=k, keepdim=True).square_() for k in (-1, -2))
+        count = self.whole[i].shape[-2]
+        if g.ndim == 2:  # of more dimensions a split leaves those that are factored whole
+            along_columns = self._over_processes(i, along_columns)
+        row, column = updated(rows, along_rows.div_(g.shape[-1])), updated(columns, along_columns.div_(count))
+        mean = row.sum(-2, keepdim=True)
+        if g.ndim == 2:
+            mean = self._over_processes(i, mean)
+        return (row @ column).div_(mean.div_(count).clamp_(min=eps1))
 
+    def _rms(self, i: int, x: Tensor) -> Tensor:
+        """Of parameter i as a whole."""
+        size = torch.linalg.vector_norm(x.contiguous(), dtype=torch.float32)
+        if is_distributed(self.whole[i]):
+            size = self._over_processes(i, size.square_()).sqrt_()
+        return size / math.sqrt(self.whole[i].numel())
 
-def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.contiguous(), dtype=torch.float32) / math.sqrt(x.numel())
+    def _over_processes(self, i: int, x: Tensor) -> Tensor:
+        """The sum of what the processes have that hold the parts of parameter i."""
+        for group in shard_groups(self.whole[i]):
+            torch.distributed.all_reduce(x, group=group)
+        return x
 
 
 class Adafactor8bit(Optimizer8bit):
@@ -95,10 +110,13 @@ class Adafactor8bit(Optimizer8bit):
     Other options as those of `AdamW8bit`, described at `Optimizer8bit`; offload is not among them: there is little to
     offload. `load_state_dict` reads states of torch.optim.Adafactor; a first moment then starts from zero.
 
+    Of a parameter split by FSDP2 each process keeps its rows' moments and all columns', whose sums and sizes are added
+    up over the processes: other numbers of them agree to the rounding of these sums, and go on from each other's
+    checkpoints.
+
     Raises TypeError for parameters or gradients that are sparse or neither fp32 nor bf16, ValueError for
-    hyperparameters out of range and for parameters that are split among processes, whose columns each process would
-    see a part of. Cost: about twenty passes over a parameter by torch's kernels, and memory for 12 bytes per parameter
-    of the largest one while it is stepped (estimates).
+    hyperparameters out of range. Cost: about twenty passes over a parameter by torch's kernels, and memory for 12 bytes
+    per parameter of the largest one while it is stepped (estimates).
 
     Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost (2018).
 
@@ -190,13 +208,6 @@ class Adafactor8bit(Optimizer8bit):
         if not 1.0 <= rule.d < math.inf:
             raise ValueError(f"d must be >= 1 and finite; got {group['d']!r}")
 
-    def _check_parameter(self, p: Tensor, where: str, group: dict[str, Any]) -> None:
-        super()._check_parameter(p, where, group)
-        if is_distributed(p):
-            raise ValueError(
-                f"{where} is a DTensor, and Adafactor8bit needs means over whole columns; give it to AdamW8bit"
-            )
-
     def _names(self, group: dict[str, Any]) -> list[str | None]:
         code, scale, _, _, master, step, _ = super()._names(group)
         if group["beta1"] is None:
@@ -216,14 +227,14 @@ class Adafactor8bit(Optimizer8bit):
         return shapes
 
     def _fresh(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        found = {}
-        for name, expected in zip(self._names(group), self._shapes(p, group), strict=True):
-            if name is not None and expected is not None:
-                is_master = name.startswith("master")
-                shape, dtype = expected
-                found[name] = (
-                    master_of(p, group["master"]) if is_master else torch.zeros(shape, dtype=dtype, device=p.device)
-                )
+        own, found = local(p), {}
+        for name, mine, whole in zip(self._names(group), self._shapes(own, group), self._shapes(p, group), strict=True):
+            if name is None or mine is None or whole is None:
+                continue
+            shape, dtype = mine
+            is_master = name.startswith("master")
+            part = master_of(own, group["master"]) if is_master else torch.zeros(shape, dtype=dtype, device=p.device)
+            found[name] = placed(name, part, p, whole[0])
         return found
 
     def _converted_state(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], where: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def part_of_grad(grad: Tensor, p: Tensor) -> Tensor:
 
 def is_split(name: str, p: Tensor) -> bool:
     """Whether a state of this name is split among processes as its parameter is; counts are the same on each."""
-    if not is_distributed(p) or name in ("step", "beta_powers"):
+    if not is_distributed(p) or name in ("step", "beta_powers") or (name == "col_var" and p.ndim == 2):
         return False
     return p.dtype == torch.bfloat16 or not name.startswith("master")
 

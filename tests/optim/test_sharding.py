@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for world in WORLDS:
         cases = "steps,clipped,trained,offloaded,released" + (",replicated,refused" if world == 2 else "")
-        run(cases + (",orthogonalised" if world < 4 else ""), world, folder)
+        run(cases + (",orthogonalised,factored" if world < 4 else ""), world, folder)
     for world in WORLDS:
         run("resumed" + (",orthogonalised_again" if world < 4 else ""), world, folder)
     return folder
@@ -133,6 +133,23 @@ def test_muon_of_parts_has_the_bits_of_muon_of_the_whole_and_goes_on_from_any_ch
     for world in (1, 2):
         found = load_file(runs / f"orthogonalised_again-{world}.safetensors")
         assert_same(found, {f"{saved}.{name}": value for saved in (1, 2) for name, value in one.items()})
+
+
+def test_adafactor_of_parts_is_adafactor_of_the_whole_to_the_rounding_of_its_sums(runs: Path) -> None:
+    one, two = (load_file(runs / f"factored-{world}.safetensors") for world in (1, 2))
+    assert any(name.endswith("col_var") for name in one)
+    for name, value in one.items():
+        kind, _, rest = name.partition(".")
+        for found in (two[name], two[f"{kind} from one.{rest}"]):
+            difference = (found.double() - value.double()).abs()
+            if name.endswith("exp_avg_code"):
+                assert (difference != 0).double().mean() < 0.01, name  # of those that lie between two levels
+            elif kind == "momentum" and rest.count(".") < 2:
+                assert (difference <= 1e-2 / 8).all(), name  # a code that rounds the other way is a sixteenth off
+            else:
+                # Sums of hundreds of squares, in another order; steps of about lr.
+                bound = 16 * torch.finfo(torch.float32).eps * (value.double().abs() + 1e-2)
+                assert (difference <= bound).all(), name
 
 
 def test_splits_that_cut_blocks_are_refused_by_every_process(runs: Path) -> None:
