@@ -29,8 +29,10 @@ def test_intervals_cover_as_often_as_they_say_whatever_the_errors(errors, known)
     assert level - noise <= covered / trials <= level + 1 / (known + 1) + noise
 
 
-def test_too_few_outcomes_give_no_finite_interval():
-    calibration = Conformal(step=0.0)
+@pytest.mark.parametrize("step", [0.0, 0.03, 0.2])
+def test_too_few_outcomes_give_no_finite_interval(step):
+    """Nor does adapting to them: what had no interval was no hit."""
+    calibration = Conformal(step=step)
     for known in range(12):
         assert calibration.calibrated == (known >= 9)
         calibration = calibration.observed(predicted=1.0, scale=1.0, realised=1.5)

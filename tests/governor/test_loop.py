@@ -9,8 +9,10 @@ import pytest
 import pyeff
 from pyeff.governor import (
     Action,
+    Advantage,
     Arm,
     Budget,
+    DriftReading,
     Governor,
     GovernorConfig,
     Selector,
@@ -196,3 +198,81 @@ def test_prices_are_read_as_people_write_them():
 
 def test_the_short_name_is_the_governor():
     assert pyeff.Governor is Governor
+
+
+def test_a_selection_that_was_left_is_no_longer_in_use():
+    """After SWITCH the next check must not see the old selection, or it would be left again and again."""
+    slow = Advantage(10.0, 0.3, 0.05)
+    loop = Loop(selectors=[Selector("cheap", 1.0)], control=True)
+    governor, seen = loop.governor, []
+    governor.offer(arms=[Arm("pool", 1.0, 1.0)])
+    for _ in range(400):
+        if governor.done:
+            break
+        decision = governor.step(tokens=2, loss=1.0)
+        if decision is not None:
+            seen.append((decision.key, decision.inputs["observation"].get("selector")))
+            if decision.action is Action.REFRESH:
+                governor.scored(decision.argument)
+                governor.offer(advantage=slow)
+    left = [key for key, _ in seen].index("SWITCH(pool)")
+    assert seen[left][1] == "cheap"
+    assert seen[left + 1][1] is None
+    assert seen[left + 1][0] != "SWITCH(pool)"
+
+
+def test_scoring_does_not_shorten_the_interval_after_it():
+    loop = Loop("1e5F", flops_per_token=10.0, selectors=[Selector("dear", 8000.0)], config=GovernorConfig())
+    governor, spends = loop.governor, []
+    while not governor.done:
+        decision = governor.step(tokens=10)
+        if decision is not None:
+            spends.append((decision.action, decision.inputs["observation"]["spent"]))
+            if decision.action is Action.REFRESH:
+                governor.scored("dear", flops=8000.0)
+    refresh = [action for action, _ in spends].index(Action.REFRESH)
+    interval = 0.05 * 1e5
+    assert spends[refresh + 1][1] - spends[refresh][1] >= 8000.0 + interval
+
+
+@pytest.mark.parametrize("anchor_flops", [100.0, 600.0])
+def test_the_loop_keeps_the_overhead_under_its_cap_however_dear_its_evaluations_are(anchor_flops):
+    loop = Loop("1e5F", flops_per_token=10.0, anchor_flops=anchor_flops, selectors=[Selector("cheap", 900.0)])
+    decisions = loop.train().decisions
+    assert loop.governor.ledger.overhead_spent("flops") <= 0.05 * 1e5
+    told = any("no room to evaluate the anchors" in decision.reason for decision in decisions)
+    assert told == (16 * anchor_flops > 0.05 * 1e5)
+    assert decisions[-1].action is Action.COOLDOWN
+    assert loop.governor.spent > 0.98 * 1e5
+
+
+def test_measurements_offered_before_a_checkpoint_serve_the_check_after_it():
+    def governor():
+        return Loop(selectors=[Selector("cheap", 1.0)]).governor
+
+    first = governor()
+    reading = Advantage(3.0, 1.7, 0.2)
+    first.offer(advantage=reading, drift=[DriftReading("D3", math.nan, math.nan, 0.5, False, False)])
+    second = governor()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    while (decision := second.step(tokens=10)) is None:
+        pass
+    assert decision.inputs["observation"]["advantage"] == vars(reading)
+    assert decision.inputs["observation"]["drift"][0]["detector"] == "D3"
+
+
+@pytest.mark.parametrize("budget", ["1000 tokens", "1e6F"])
+def test_steps_that_cost_nothing_of_the_budget_are_refused(budget):
+    governor = Governor(budget, anchors=lambda: [1.0, 2.0], flops_per_token=10.0)
+    with pytest.raises(ValueError, match="of a step must be more than 0, or the budget never ends"):
+        governor.step()
+
+
+def test_a_clock_that_runs_backwards_while_the_anchors_change_ends_nothing():
+    ticks = iter([0.0, *(float(t) for t in range(1, 12)), 5.0, *(float(t) for t in range(6, 500))])
+    sizes = iter([4, *([3] * 40)])
+    governor = Governor("150s", anchors=lambda: [1.0 + i for i in range(next(sizes))], clock=lambda: next(ticks))
+    decisions = []
+    while not governor.done:
+        decisions.append(governor.step())
+    assert any(decision and "so nothing is decided on it" in decision.reason for decision in decisions)

@@ -130,6 +130,25 @@ def test_the_overhead_cap_is_kept():
     assert "the cap of 5% of the budget leaves 1.9 F" in decision.blocked["REFRESH"]
 
 
+def test_a_price_of_nothing_is_replayed_as_one():
+    seen = observe(price=0.0)
+    assert Observation.from_dict(json.loads(json.dumps(seen.to_dict()))).price == 0.0
+
+
+def test_a_promise_is_that_of_the_selector_that_is_run():
+    """Its factor is the new selection's pace over the present one's, not the present selector's own."""
+
+    def promised(ratio):
+        policy = GovernorPolicy(QUICK)
+        policy.decide(observe(spent=15.0, spent_before=10.0, selectors=[Selector("loss", 50.0)]))
+        decision = policy.decide(observe(selectors=[Selector("loss", 0.1, gain_ratio=ratio)]))
+        assert decision.action is Action.REFRESH
+        assert f"gain ratio {ratio:.2f}" in decision.reason
+        return decision.estimates["forecast"]["rate"]
+
+    assert promised(3.0) == pytest.approx(1.5 * promised(2.0))
+
+
 def test_the_cap_keeps_what_the_checks_to_come_will_cost():
     config = dataclasses.replace(QUICK, overhead_cap=0.05)
     seen = observe(overhead=1.0, refresh_cost=3.0)
