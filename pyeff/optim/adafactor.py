@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyeff.ops._optimizer_states import check_memory, master_of
-from pyeff.optim.directions import LAST, SECOND, SECOND_SCALE, STEP, DirectionPlan
+from pyeff.optim.directions import LAST, MOMENT, SECOND, SECOND_SCALE, STEP, DirectionPlan
 from pyeff.optim.engine import Optimizer8bit
 from pyeff.optim.sharding import is_distributed, local, placed, shard_groups
 from pyeff.reference.optimizer_step import OptimizerRule
@@ -45,14 +45,14 @@ class AdafactorPlan(DirectionPlan):
         taken = None if norm is None else norm.isfinite()
         u = self._second_moment(i, g, step.pow(rule.beta2_decay).float(), rule.eps1, taken)
         u = u.clamp_(min=rule.eps1**2).rsqrt_().mul_(g)
-        u.div_((self._rms(i, u) / rule.d).clamp_min(1.0))
-        if self.states[i][0] is not None:
-            u = self.momentum(i, u, rule, norm)
+        size = (self._rms(i, u) / rule.d).clamp_min(1.0).reciprocal()
+        if self.states[i][MOMENT] is not None:
+            u, size = self.momentum(i, u.mul_(size), rule, norm), torch.ones_like(size)
         if rule.relative_step:
-            u.mul_((step.rsqrt() / lr).clamp_max(1.0).float())
+            size = size * (step.rsqrt() / lr).clamp_max(1.0).float()
         if rule.scale_parameter:
-            u.mul_(self._rms(i, p).clamp_min(rule.eps2))
-        return u
+            size = size * self._rms(i, p).clamp_min(rule.eps2)
+        return u.mul_(size)  # one pass for all of them
 
     def _second_moment(self, i: int, g: Tensor, weight: Tensor, eps1: float, taken: Tensor | None) -> Tensor:
         """Its estimate for every element; the states go on where the step is taken."""
