@@ -141,17 +141,19 @@ def run_cell(out: Path, name: str, **changes: Any) -> None:
     print(name, end["step"], end["holdout"]["after"], flush=True)
 
 
-def cells(out: Path) -> None:
-    """Run what is missing; several processes may share a directory."""
+def cells(out: Path, most: int) -> None:
+    """Run what is missing, so many at most; several processes may share a directory."""
+    done = 0
     for unit, budget in BUDGETS.items():
         for seed in SEEDS:
             for arm, selection in ARMS.items():
                 name = f"{unit}-{arm}-{seed}"
                 claim = out / f".{name}.claim"
-                if (out / f"{name}.json").exists() or not _claim(claim):
+                if done == most or (out / f"{name}.json").exists() or not _claim(claim):
                     continue
                 run_cell(out, name, seed=seed, budget=budget, batch_selection=selection)
                 claim.unlink()
+                done += 1
 
 
 def _claim(file: Path) -> bool:
@@ -188,9 +190,11 @@ def table(out: Path) -> str:
             arm: {s: json.loads(f.read_text()) for s in SEEDS if (f := out / f"{unit}-{arm}-{s}.json").exists()}
             for arm in ARMS
         }
+        lines += [f"**{title}**", ""]
+        if not any(found.values()):
+            lines += ["Not measured yet.", ""]
+            continue
         lines += [
-            f"**{title}**",
-            "",
             "| arm | holdout loss | minus random | p (Holm) | steps | FLOPs for choosing | seeds |",
         ]
         lines += ["|---|---|---|---|---|---|---|"]
@@ -213,7 +217,7 @@ def table(out: Path) -> str:
             ]
             difference, chance = ("", "") if arm not in p else (interval(paired[arm]), f"{p[arm]:.2g}")
             steps = np.mean([run["step"] for run in runs.values()])
-            cells = [
+            row = [
                 arm,
                 f"{np.mean(after):.3f}",
                 difference,
@@ -221,7 +225,7 @@ def table(out: Path) -> str:
                 f"{steps:.0f}",
                 f"{100 * np.mean(choosing):.0f} %",
             ]
-            lines.append(f"| {' | '.join(cells)} | {len(runs)} |")
+            lines.append(f"| {' | '.join(row)} | {len(runs)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -245,6 +249,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--report", action="store_true", help="write the table of what is there")
     parser.add_argument("--develop", action="store_true", help="try rates on a seed that is not reported")
+    parser.add_argument("--most", type=int, default=-1, help="stop after so many cells")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:
@@ -254,7 +259,7 @@ def main() -> None:
             optimizer = {"lr": rate, "weight_decay": 0.0}
             run_cell(options.out, f"develop-{rate:g}", seed=100, budget=BUDGETS["flops"], optimizer=optimizer)
     else:
-        cells(options.out)
+        cells(options.out, options.most)
 
 
 if __name__ == "__main__":
