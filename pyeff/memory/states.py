@@ -63,7 +63,8 @@ def step_working(parameters: Iterable[Parameter], optimizer: Optimizer, device: 
     """Bytes beside states that a step takes for a while: of the parameter with the largest direction.
 
     Muon in fp32 (CPU): momentum, matrix, the next one, and two products of its shorter side; on a GPU all but the
-    momentum in 16 bits (counted, not measured yet). Adafactor: the gradient in fp32 and the direction. The others compute in registers.
+    momentum in 16 bits (counted, not measured yet). Adafactor: the gradient in fp32 and the direction. The others
+    compute in registers.
     """
 
     def working(p: Parameter) -> int:
