@@ -1,11 +1,11 @@
-"""python -m benchmarks.governor --tier sim | t1 | replay"""
+"""python -m benchmarks.governor --tier sim | actions | t1 | replay"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-TIERS = {"sim": "sim", "t1": "t1", "replay": "replay"}
+TIERS = {"sim": "sim", "actions": "actions", "t1": "t1", "replay": "replay"}
 
 
 def main(arguments: list[str]) -> int:

@@ -76,7 +76,7 @@ def test_the_best_wait_is_no_worse_than_any_one_of_them(age, interval, **amounts
 
 
 def test_under_the_cap_a_selector_is_chosen_that_can_still_be_renewed():
-    """Both are best renewed several times; the cap has room for one scoring by the dear one, or several by the other."""
+    """Both are best renewed several times; the cap has room for one scoring by the dear one, or for several."""
     both = [Selector("dear", 2.6, gain_ratio=3.0), Selector("cheap", 0.5, gain_ratio=2.0)]
     free = GovernorConfig(prior_decay=0.1)
     assert GovernorPolicy(free).decide(observation(selectors=both)).argument == "dear"
