@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ BUDGETS = {"flops": "3e11F", "tokens": "75k tokens"}
 SEEDS = (0, 1, 2, 3, 4)
 RATE = 3e-3  # of the three tried on a development seed, for uniform batches, that ended lowest
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "selection.md"
+WORK = Path(tempfile.gettempdir()) / "pyeff-batch-selection"  # the model that cells begin with, and running ones
 BEGIN, END = "<!-- batch-selection:begin -->", "<!-- batch-selection:end -->"
 
 _OWN = {
@@ -105,17 +107,18 @@ def configuration(model: Path, pool: list[dict[str, Any]], **changes: Any) -> di
     }
 
 
-def base(out: Path) -> Path:
+def base() -> Path:
     """The model that all cells begin with; made where it is missing."""
     from pyeff.train import train_run
     from pyeff.train.config import parse_config
 
-    run = out / "base"
+    run = WORK / "base"
     if not (run / "result.json").exists():
         shutil.rmtree(run, ignore_errors=True)
-        write_model(out / "random")
+        WORK.mkdir(parents=True, exist_ok=True)
+        write_model(WORK / "random")
         pool = [gym(90, 3000, [*_OTHER, "number_sequence"], distinct=False)]
-        values = configuration(out / "random", pool, budget="2e12F", save_model=True, out=str(run))
+        values = configuration(WORK / "random", pool, budget="2e12F", save_model=True, out=str(run))
         values["optimizer"]["lr"] = 3e-3
         train_run(parse_config(values))
     return run / "model"
@@ -132,8 +135,8 @@ def run_cell(out: Path, name: str, **changes: Any) -> None:
         gym(4, 500, [*_OWN, "lcm", "simple_equations"], corrupt="wrong_answer"),
         gym(5, 500, ["count_bits", "spell_backward", "letter_counting"], corrupt="shuffle_words"),
     ]
-    scratch = out / f".{name}-{os.getpid()}"
-    values = configuration(base(out), pool, out=str(scratch), **changes)
+    scratch = WORK / f"{name}-{os.getpid()}"
+    values = configuration(base(), pool, out=str(scratch), **changes)
     end = train_run(parse_config(values)).end
     kept = {key: end.get(key) for key in ("step", "holdout", "ledger", "batch_selection")}
     write_text_atomic(out / f"{name}.json", json.dumps(kept, indent=1))
@@ -144,11 +147,12 @@ def run_cell(out: Path, name: str, **changes: Any) -> None:
 def cells(out: Path, most: int) -> None:
     """Run what is missing, so many at most; several processes may share a directory."""
     done = 0
+    base()
     for unit, budget in BUDGETS.items():
         for seed in SEEDS:
             for arm, selection in ARMS.items():
                 name = f"{unit}-{arm}-{seed}"
-                claim = out / f".{name}.claim"
+                claim = WORK / f"{name}.claim"
                 if done == most or (out / f"{name}.json").exists() or not _claim(claim):
                     continue
                 run_cell(out, name, seed=seed, budget=budget, batch_selection=selection)
