@@ -74,12 +74,18 @@ def flops_to_reach(curve: Sequence[dict[str, Any]], loss: float) -> float | None
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm in one column: its loss, and how it differs from two others, with adjusted p."""
+    """An arm in one column: its losses by seed, and how it differs from two others, with adjusted p."""
 
-    own: Estimate | None
+    losses: list[float]
     differences: dict[str, Estimate | None]
     p: dict[str, float]
-    seeds: int
+
+    @property
+    def loss(self) -> str:
+        """The mean, with its interval where there are two seeds or more."""
+        if len(self.losses) > 1:
+            return _interval(estimate(self.losses))
+        return f"{self.losses[0]:.3f}" if self.losses else "cannot be afforded"
 
 
 class Report:
@@ -183,8 +189,7 @@ class Report:
         result = {}
         for arm in ARMS:
             values = [value for value in losses[arm].values() if value is not None]
-            own = estimate(values) if len(values) > 1 else None
-            result[arm] = Compared(own, differences[arm], p[arm], len(values))
+            result[arm] = Compared(values, differences[arm], p[arm])
         return result
 
     # --------------------------------------------------------------------------------------------------------- tables
@@ -198,11 +203,11 @@ class Report:
         for arm, one in self.compare(read).items():
             if not any(name == arm for name, _ in self.trainings):
                 continue
-            row = [ARMS[arm], "cannot be afforded" if one.own is None else _interval(one.own)]
+            row = [ARMS[arm], one.loss]
             for other in ("random", "fresh"):
                 found = one.differences[other]
                 row += ["" if found is None else _interval(found, "+"), _p(one.p.get(other))]
-            lines.append(f"| {' | '.join([*row, str(one.seeds)])} |")
+            lines.append(f"| {' | '.join([*row, str(len(one.losses))])} |")
         return "\n".join(lines)
 
     def costs(self) -> str:
