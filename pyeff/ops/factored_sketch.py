@@ -113,7 +113,7 @@ class FactoredSketch:
         """Of `of_product` for a layer d -> p and samples of these many tokens, padding included; p = 0: `of_table`.
 
         >>> FactoredSketch(4, 2).flops(10, 20, [3, 3])
-        576
+        1056
         """
         tokens, padded = sum(lengths), len(lengths) * max(lengths, default=0)
         rows = padded if padded <= _MOST_PADDING * tokens else tokens
