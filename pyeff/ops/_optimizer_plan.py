@@ -76,7 +76,7 @@ class StepPlan:
             starts,
             rows,
         ]
-        self._rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
+        self._rows = torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous()  # read by the host
         self._gradient_key: list[tuple[Any, ...]] = []
         self._copied_grads: list[tuple[Tensor, Tensor]] = []
         if impl == "cuda":
@@ -114,7 +114,7 @@ class StepPlan:
                 self._copied_grads.append((grads[i], flat))
                 addresses[i] = flat.data_ptr()
         columns = [addresses, [DTYPES[dtype] for _, dtype, _ in key]]
-        self._rows[:, 1], self._rows[:, 11] = torch.tensor(columns, dtype=torch.int64)
+        self._rows[:, 1], self._rows[:, 11] = torch.tensor(columns, dtype=torch.int64, device="cpu")
         if self.impl == "cuda":
             with torch.cuda.device(self._table.device):
                 extension().optimizer_table_cuda(

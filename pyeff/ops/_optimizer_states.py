@@ -88,7 +88,7 @@ class OptimizerStates:
                 dtype = torch.uint8 if states == "8bit" else torch.float32
                 moment.append(torch.zeros(p.shape, dtype=dtype, device=p.device))
                 if states == "8bit":
-                    scale.append(torch.zeros(scale_shape(p.shape, block_size), device=p.device))
+                    scale.append(torch.zeros(scale_shape(p.shape, block_size), dtype=torch.float32, device=p.device))
             if master in ("ecc8", "fp32"):
                 made.masters.append(master_of(p, master))
             made.steps.append(torch.zeros((), dtype=torch.float64, device=p.device))
@@ -156,7 +156,7 @@ def encode_square(v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def master_of(p: Tensor, master: str) -> Tensor:
     """What this master keeps beside a parameter that has taken no step: nothing (no elements) if it is fp32."""
     if p.dtype != torch.bfloat16:
-        return torch.zeros(0, device=p.device)
+        return torch.zeros(0, dtype=torch.float32, device=p.device)
     if master == "ecc8":
         return torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
     check_memory([p], "a parameter")

@@ -78,7 +78,7 @@ def _rows(tensors: list[Tensor], chunk: int) -> tuple[list[Tensor], Tensor]:
         row[1], row[9], row[11], row[14], row[15] = x.data_ptr(), x.numel(), DTYPES[x.dtype], start, x.numel()
         start += -(-x.numel() // chunk)
         rows.append(row)
-    return flat, torch.tensor(rows, dtype=torch.int64).view(-1, FIELDS)
+    return flat, torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, FIELDS)  # read by the host
 
 
 @torch.library.register_fake("pyeff::global_norm")

@@ -75,7 +75,7 @@ class AdafactorPlan(DirectionPlan):
         mean = row.sum(-2, keepdim=True)
         if g.ndim == 2:
             mean = self._over_processes(i, mean)
-        return (row @ column).div_(mean.div_(count).clamp_(min=eps1))
+        return (row * column).div_(mean.div_(count).clamp_(min=eps1))
 
     def _rms(self, i: int, x: Tensor) -> Tensor:
         """Of parameter i as a whole."""

@@ -71,7 +71,8 @@ class DirectionPlan(ABC):
     ) -> None:
         """Take a step; see `optimizer_step`."""
         for i, p in enumerate(self.params):
-            d = self.direction(i, rule, rule.lr if lr is None else lr, norm).contiguous()
+            with torch.autocast(p.device.type, enabled=False):  # the kernel takes the address of fp32 numbers
+                d = self.direction(i, rule, rule.lr if lr is None else lr, norm).contiguous()
             # The momentum that SGD would keep is the direction itself, in its own memory.
             along = dataclasses.replace(
                 rule, beta1=0.0, dampening=0.0, nesterov=False, coded=False, coupled=True, clip_norm=math.inf

@@ -86,7 +86,7 @@ class CudaTransfers:
         return made
 
     def host_memory(self, nbytes: int) -> Tensor:  # noqa: D102
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def is_host_memory(self, t: Tensor) -> bool:  # noqa: D102
         return t.is_pinned()
@@ -144,7 +144,7 @@ class Offload:
         """
         made = []
         left = sum(aligned(t.nbytes) for t in states)
-        memory, at = torch.empty(0, dtype=torch.uint8), 0
+        memory, at = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
         for t in states:
             size = aligned(t.nbytes)
             if t.nbytes == 0 or (t.device.type == "cpu" and self.transfers.is_host_memory(t)):

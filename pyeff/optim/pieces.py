@@ -132,7 +132,8 @@ def _add(spans: list[Span], t: Tensor, at: int) -> None:
         if last.host.untyped_storage().data_ptr() == storage.data_ptr() and start - before == at - last.at:
             start, at = before, last.at
             spans.pop()
-    spans.append(Span(torch.empty(0, dtype=torch.uint8).set_(storage, start, (stop - start,), (1,)), at))
+    host = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    spans.append(Span(host.set_(storage, start, (stop - start,), (1,)), at))
 
 
 def blocks_before(shape: Sequence[int], start: int, block_size: int) -> int:
