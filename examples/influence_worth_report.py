@@ -16,24 +16,16 @@ from typing import Any
 
 import numpy as np
 from data_diet_report import Estimate, estimate, holm, tera
-from influence_worth import ARMS, SEEDS, SELECTORS, Settings, cells
+from influence_worth import ARMS, SEEDS, SELECTORS, cells
+from influence_worth_training import Settings
 
-from pyeff._files import write_atomic, write_text_atomic
+from pyeff._files import write_text_atomic
 from pyeff.selection import SelectionPayBack
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "influence_worth.md"
 FIGURE = ROOT / "docs" / "images" / "influence_worth.png"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-COLORS = {
-    "random": "0.45",
-    "bm25": "tab:green",
-    "rds_plus": "tab:blue",
-    "el2n": "tab:red",
-    "less": "tab:purple",
-    "fresh": "black",
-    "target": "tab:orange",
-}
 Reading = Callable[[str, int], float | None]
 """The holdout's loss of an arm and a seed; None where that is not there, or cannot be afforded."""
 
@@ -192,6 +184,34 @@ class Report:
             result[arm] = Compared(values, differences[arm], p[arm])
         return result
 
+    def verdict(self) -> str:
+        """What won by the measure of the plan, at the last of the columns: the total that the dearest method sets."""
+        title, read = list(self.columns().items())[-1]
+        compared = self.compare(read)
+        seeds = min(len(compared[arm].losses) for arm in (*SELECTORS, "random", "fresh"))
+
+        def beating(other: str) -> list[str]:
+            found = []
+            for arm in SELECTORS:
+                difference = compared[arm].differences[other]
+                if difference is not None and difference.mean < 0 and compared[arm].p[other] < 0.05:
+                    found.append(arm)
+            return found
+
+        better = beating("random")
+        worth = [arm for arm in better if arm in beating("fresh")]
+
+        def names(arms: list[str]) -> str:
+            return ", ".join(SELECTORS[arm] for arm in arms) or "none"
+
+        means = {arm: float(np.mean(one.losses)) for arm, one in compared.items() if one.losses and arm != "target"}
+        order = ", ".join(f"{ARMS[arm]} {means[arm]:.3f}" for arm in sorted(means, key=means.__getitem__))
+        state = "" if seeds == len(SEEDS) else f" This is provisional: some arms have {seeds} of {len(SEEDS)} seeds."
+        return (
+            f"**By the plan's measure** ({title}): better than the random tenth: {names(better)}; better than the "
+            f"whole pool too, and so worth its cost: {names(worth)}. Means, lowest first: {order}.{state}"
+        )
+
     # --------------------------------------------------------------------------------------------------------- tables
 
     def table(self, read: Reading) -> str:
@@ -226,7 +246,8 @@ class Report:
             flops = ["0", "0", "0"]
             if arm in SELECTORS:
                 flops = [tera(np.mean([c[key] for c in made])) for key in ("flops_warmup", "flops_scoring")]
-                flops.append(f"{np.mean([c['cpu_seconds'] for c in made]):.0f}")
+                seconds = float(np.mean([c["cpu_seconds"] for c in made]))
+                flops.append("< 1" if seconds < 1 else f"{seconds:.0f}")
             lines.append(f"| {' | '.join([ARMS[arm], *flops, f'{share:.0%}', tokens])} |")
         return "\n".join(lines)
 
@@ -259,16 +280,24 @@ class Report:
             lines.append(f"| {ARMS[arm]} | {tera(cost)} | {tera(mine)} | {tera(full)}{note} | {runs} |")
         return "\n".join(lines)
 
+    def absent(self) -> str:
+        """The missing trainings by arm, with their seeds."""
+        seeds: dict[str, list[int]] = {}
+        for cell in cells(list(ARMS), SEEDS):
+            if cell.kind == "training" and cell.name in self.missing:
+                seeds.setdefault(cell.arm, []).append(cell.seed)
+        return "; ".join(f"{ARMS[arm]}: seeds {', '.join(map(str, own))}" for arm, own in seeds.items())
+
     def markdown(self) -> str:
         """Everything between the markers of the page."""
         done = self.planned - len(self.missing)
         first = f"{done} of {self.planned} cells have finished."
         if self.missing:
-            first += f" Missing: {', '.join(self.missing)}."
+            first += f" Missing are {self.absent()}; the command below goes on with them."
         base = [float(curve[0]["holdout"]["all"]) for seed in self.seeds if (curve := self.curve("random", seed))]
         pool = np.mean([c["pool_tokens"] for c in self.trainings.values()])
         first += f" Before training the holdout's loss is {np.mean(base):.3f}. The pool has {pool:.0f} tokens."
-        parts = [first, "### What choosing costs, and what is chosen", self.costs()]
+        parts = [self.verdict(), first, "### What choosing costs, and what is chosen", self.costs()]
         for title, read in self.columns().items():
             parts += [f"### {title[0].upper()}{title[1:]}", self.table(read)]
             if "FLOPs" in title:
@@ -276,61 +305,6 @@ class Report:
                 budget = np.mean([self.budget(arms, seed) for seed in self.seeds if self.curve("random", seed)])
                 parts[-2] += f", {tera(budget)} TFLOP"
         return "\n\n".join([*parts, "### Runs until a choice has paid", self.pay_back()])
-
-    # --------------------------------------------------------------------------------------------------------- figure
-
-    def figure(self, path: Path) -> None:
-        """The loss that each total of FLOPs buys on the left; differences from the random tenth on the right."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), width_ratios=(1.15, 1), layout="constrained")
-        for arm in ARMS:
-            seeds = [seed for seed in self.seeds if self.curve(arm, seed)]
-            if not seeds:
-                continue
-            curves = [self.curve(arm, seed) or [] for seed in seeds]
-            costs = [self.cost(arm, seed) for seed in seeds]
-            first = max(c + curve[1]["flops"] for c, curve in zip(costs, curves, strict=True))
-            last = self.budget(["less"], seeds[0]) if any(a == "less" for a, _ in self.choices) else first * 8
-            budgets = np.geomspace(first, max(1.02 * last, 1.1 * first), 120)
-            values = []
-            for budget in budgets:
-                points = [point_within(c, budget - cost) for c, cost in zip(curves, costs, strict=True)]
-                values.append(np.mean([p["holdout"]["all"] for p in points if p is not None]))
-            style = "--" if arm == "target" else "-"
-            left.plot(budgets / 1e12, values, style, color=COLORS[arm], label=ARMS[arm], lw=1.6)
-            left.plot(budgets[0] / 1e12, values[0], "o", color=COLORS[arm], ms=5)
-        left.set(xlabel="total TFLOP, choosing included", ylabel="holdout loss, nats a token", xscale="log")
-        left.legend(frameon=False, fontsize=9)
-        place, ticks, labels = 0.0, [], []
-        for title, read in self.columns().items():
-            right.text(
-                0.01, place, title, transform=right.get_yaxis_transform(), fontsize=9, weight="bold", va="center"
-            )
-            place += 0.9
-            for arm, one in self.compare(read).items():
-                difference = one.differences["random"]
-                if difference is None:
-                    continue
-                bar = {"xerr": difference.half_width, "fmt": "o", "color": COLORS[arm], "capsize": 3, "ms": 5}
-                right.errorbar(difference.mean, place, **bar)
-                ticks.append(place)
-                labels.append(ARMS[arm])
-                place += 0.8
-            place += 0.5
-        right.axvline(0, color="0.4", lw=1)
-        right.set_yticks(ticks, labels, fontsize=8)
-        right.set_ylim(place, -0.8)
-        right.set_xlabel("holdout loss minus that of the random tenth (mean, 95 % interval)")
-        for axes in (left, right):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: fig.savefig(file, format="png", dpi=110, metadata={"Software": None}))
-        plt.close(fig)
 
 
 def _interval(one: Estimate, sign: str = "") -> str:
@@ -343,9 +317,11 @@ def _p(p: float | None) -> str:
 
 def report(results: Path, page: Path = PAGE, image: Path = FIGURE) -> None:
     """Write the tables between the page's markers, and the figure; print the tables."""
+    from influence_worth_figure import figure
+
     shown = Report(results)
     body = shown.markdown()
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     write_text_atomic(page, f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}")
-    shown.figure(image)
+    figure(shown, image)
     print(body)

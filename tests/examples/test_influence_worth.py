@@ -12,8 +12,9 @@ import influence_worth
 import influence_worth_report
 import numpy as np
 import pytest
-from influence_worth import SELECTORS, Data, Settings, cells
+from influence_worth import SELECTORS, cells
 from influence_worth_report import Report
+from influence_worth_training import Data, Settings
 from scipy import stats
 
 STEP = 1e11
@@ -124,8 +125,17 @@ def test_the_runs_until_a_choice_has_paid_follow_from_what_the_whole_pool_takes(
 def test_the_page_names_what_is_missing(results: Path, tmp_path: Path) -> None:
     body = Report(results).markdown()
     assert "18 of 55 cells have finished" in body
-    assert "training-bm25-0" in body
+    assert "BM25: seeds 0, 1, 2, 3, 4" in body
+    assert "random tenth: seeds 3, 4" in body
     assert "cannot be afforded" in body
+
+
+def test_a_win_needs_a_small_p_against_both_and_the_lower_loss(results: Path) -> None:
+    verdict = Report(results).verdict()
+    # The whole pool ends at 0.5, between EL2N and LESS.
+    assert "better than the random tenth: EL2N, LESS;" in verdict
+    assert "worth its cost: EL2N. Means" in verdict
+    assert "provisional" in verdict
 
 
 def test_cells_of_other_settings_are_refused(results: Path) -> None:
