@@ -94,7 +94,9 @@ class Features:
         if self.sketch is not None:
             sketches = self.sketch.of(self.plain(name), whole, direction=self.direction(name))
         if reference is not None:
-            dots = whole.flatten(1) @ reference.flatten().to(whole.dtype)
+            # One number a sample for a scalar parameter, whose `whole` has no second dimension.
+            flat = whole.reshape(whole.shape[0], reference.numel())
+            dots = flat @ reference.flatten().to(whole.dtype)
         return Noted(sketches, dots, factored)
 
     def of_rows(self, name: str, ids: Tensor, grads: Tensor, rows: Rows) -> Noted:
@@ -220,6 +222,8 @@ def _directions(
 ) -> dict[str, Callable[[], AdamWDirection]]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.NAdam | torch.optim.RAdam):  # the same states, another step
+        raise ValueError(f"optimizer must be Adam or AdamW, whose step is known, got {type(optimizer).__name__}")
     groups: dict[int, dict[str, Any]] = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found: dict[str, Callable[[], AdamWDirection]] = {}
     for name, parameter in parameters.items():
@@ -231,6 +235,9 @@ def _directions(
                 f"optimizer keeps no exp_avg and exp_avg_sq of {name}: it must be Adam or AdamW, of torch.optim or "
                 "pyeff.optim, over all observed parameters, and have stepped"
             )
+        changed = next((option for option in ("amsgrad", "maximize") if group.get(option)), None)
+        if changed is not None:
+            raise ValueError(f"optimizer steps {name} with {changed}=True, which is another direction than AdamW's")
         if any(moment.device != parameter.device for moment in moments):
             raise ValueError(f"optimizer keeps the moments of {name} on another device than the parameter")
         found[name] = functools.partial(_direction, state, group, int(state["step"]), frozen)

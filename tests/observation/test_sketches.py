@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -379,3 +380,41 @@ def test_optimizers_without_second_moments_are_refused() -> None:
             pyeff.observe(model, sketch=SKETCH, optimizer=optimizer)
     with pytest.raises(ValueError, match="variant must be"):
         pyeff.optimizer_directions(model, optimizer, variant="adam")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (torch.optim.NAdam, "got NAdam"),
+        (torch.optim.RAdam, "got RAdam"),
+        (lambda parameters: torch.optim.AdamW(parameters, amsgrad=True), "with amsgrad=True"),
+        (lambda parameters: torch.optim.Adam(parameters, maximize=True), "with maximize=True"),
+    ],
+)
+def test_optimizers_that_step_otherwise_from_the_same_moments_are_refused(make: Any, words: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = make(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=words):
+        pyeff.observe(model, sketch=SKETCH, optimizer=optimizer)
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.linear = nn.Parameter(torch.tensor(0.5)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * self.linear(x)
+
+
+def test_a_scalar_parameter_has_its_dot() -> None:
+    model, x = Gain(), torch.randn(4, 3)
+    with pyeff.observe(model, sketch=SKETCH, reference={"gain": torch.tensor(2.0)}) as seen:
+        model(x).sum().backward()
+    exact, peer = (
+        (2 * nn.functional.linear(x.to(d), model.linear.weight.to(d), model.linear.bias.to(d))).sum(1)
+        for d in (torch.float64, torch.float32)
+    )
+    assert_close(seen.dots, exact, peer, "dots")
