@@ -103,18 +103,22 @@ class ControlArm:
         config = self._job.config
         return self._state.active and is_control_batch(step, fraction=config.control_share, seed=config.seed)
 
-    def selection_made(self, *, checks_left: int) -> None:
-        """Begin to compare anew, if what that costs until the end is small."""
+    def hindrance(self, *, checks_left: int) -> str:
+        """Why a selection made now could not be measured until the end; empty if it can."""
         job = self._job
         price = job.meter.price("probe", flops=self.probe_flops) * (checks_left + 1)
-        why = ""
         if job.config.control_share == 0:
-            why = "control_share is 0"
-        elif not all(self._halves):
-            why = "the target has one sample alone"
-        elif price > _MOST * job.meter.budget.amount:
+            return "control_share is 0"
+        if not all(self._halves):
+            return "the target has one sample alone"
+        if price > _MOST * job.meter.budget.amount:
             share = price / job.meter.budget.amount
-            why = f"the looks at the target's gradient would take {share:.1%} of the budget, more than {_MOST:.0%}"
+            return f"the looks at the target's gradient would take {share:.1%} of the budget, more than {_MOST:.0%}"
+        return ""
+
+    def selection_made(self, *, checks_left: int) -> None:
+        """Begin to compare anew, if what that costs until the end is small."""
+        why = self.hindrance(checks_left=checks_left)
         self._state = _State(active=not why, why=why)
         if self._state.active:
             self.look()

@@ -184,8 +184,7 @@ class _Run:
         # The first step comes before any check: it was promised to fit.
         due = state.steps > 0 and self.meter.spent >= min(state.next_check, plateau_end)
         if state.phase == "train" and due:
-            check = self.meter.price("eval", flops=self.job.flops["anchors"]) + self.course.control.price
-            if self.meter.fits(check, reserve=reserve):
+            if self.meter.fits(self._check_price(), reserve=reserve):
                 self._check()
             else:
                 self._enter_cooldown(early=False)
@@ -252,6 +251,12 @@ class _Run:
             f"(now {self.config.optimizer.lr:g}) usually helps"
         )
 
+    def _check_price(self) -> float:
+        return self.meter.price("eval", flops=self.job.flops["anchors"]) + self.course.control.price
+
+    def _checks_left(self, cooldown: float) -> int:
+        return math.ceil(max(self.meter.budget.amount - cooldown - self.meter.spent, 0.0) / self._check_interval())
+
     def _check_interval(self) -> float:
         return self.config.governor_config.check_every * self.meter.budget.amount
 
@@ -259,6 +264,7 @@ class _Run:
         state, meter, batches = self.state, self.meter, self.course.batches
         now = self._evaluate("anchors")
         drift = self.course.control.look()
+        cooldown = self._cooldown_amount() + self._final_reserve()
         observation = Observation(
             step=state.steps,
             spent=meter.spent,
@@ -268,13 +274,15 @@ class _Run:
             anchors_now=now,
             spent_before=state.anchors_at,
             refresh_cost=meter.price("score", flops=self.job.refresh_flops()),
-            cooldown_cost=self._cooldown_amount() + self._final_reserve(),
+            cooldown_cost=cooldown,
             scored_at=state.scored_at,
             refreshes_done=state.refreshes,
             loss_finite=True,
             # Choosing within batches is part of what a step costs, and no overhead that the policy could save.
             overhead=max(meter.ledger.overhead_spent(meter.unit) - batches.tally.spent(meter.unit), 0.0),
+            check_cost=self._check_price(),
             price=self.config.parsed_price,
+            control=not self.course.control.hindrance(checks_left=self._checks_left(cooldown)),
             advantage=self.course.control.reading(),
             drift=() if drift is None else (drift,),
         )
@@ -286,10 +294,9 @@ class _Run:
         state.history.append((observation.spent - state.scoring_spent, summarize_losses(now).loss))
         state.anchors, state.anchors_at = now, observation.spent
         if decision.action is Action.REFRESH:
-            checks = (meter.budget.amount - observation.cooldown_cost - meter.spent) / self._check_interval()
-            refresh(self.course, checks_left=math.ceil(max(checks, 0.0)), emit=self._emit)
+            refresh(self.course, checks_left=self._checks_left(cooldown), emit=self._emit)
         elif decision.action is Action.COOLDOWN:
-            left = meter.budget.amount - meter.spent - observation.cooldown_cost
+            left = meter.budget.amount - meter.spent - cooldown
             self._enter_cooldown(early=left >= self._check_interval())
         state.next_check = meter.spent + self._check_interval()
         if decision.action is Action.REFRESH:
