@@ -67,8 +67,12 @@ class FeatureStore(PartStore):
         if not header.get("method"):
             raise ValueError("header must hold a method: what the features are")
         whole = {"kind": "features", **header, "dim": dim, "dtype": dtype}
-        # As it will be read again: tuples become lists.
-        super().__init__(None if path is None else Path(path), json.loads(json.dumps(whole)), resume=resume)
+        try:
+            # As it will be read again: tuples become lists. A NaN would be unequal to itself, and never resumed.
+            kept = json.loads(json.dumps(whole, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"header must be JSON: {error}") from error
+        super().__init__(None if path is None else Path(path), kept, resume=resume)
         self._dim, self._dtype = dim, dtype
         self._parts: list[pa.Table] = []
         self._waiting: list[tuple[list[int], list[SampleId], Any, Any, list[int], list[float]]] = []
@@ -121,9 +125,12 @@ class FeatureStore(PartStore):
         rows = _as_rows(features)
         if rows.shape != (len(ids), self._dim):
             raise ValueError(f"features must be [{len(ids)}, {self._dim}], a row for each id, got {rows.shape}")
-        places = list(range(len(self._known), len(self._known) + len(ids))) if index is None else list(index)
-        if len(places) != len(ids):
-            raise ValueError(f"index must be one for each of the {len(ids)} ids, got {len(places)}")
+        count = len(ids)
+        places = _numbers("index", range(len(self._known), len(self._known) + count) if index is None else index, count)
+        spent = shares(int(flops), [1] * count) if np.ndim(flops) == 0 else _numbers("flops", flops, count)
+        took = (
+            [seconds / max(1, count)] * count if np.ndim(seconds) == 0 else _numbers("seconds", seconds, count, float)
+        )
         # Checked apart: a batch that is refused leaves no ids behind.
         own: set[SampleId] = set()
         plain = refuse_bad_ids(ids, own)
@@ -131,9 +138,6 @@ class FeatureStore(PartStore):
         if twice:
             raise ValueError(f"the id {min(twice, key=str)!r} has its features already: ids must be unique")
         self._begin(batch, plain)
-        weights = [1] * len(plain)
-        spent = shares(flops, weights) if isinstance(flops, int) else list(flops)
-        took = [seconds / max(1, len(plain))] * len(plain) if isinstance(seconds, int | float) else list(seconds)
         codes, scales = encode_rows(rows, self._dtype)
         self._known |= own
         self._waiting.append((places, plain, codes, scales, spent, took))
@@ -193,5 +197,15 @@ class FeatureStore(PartStore):
 
 def _as_rows(features: ArrayLike | Tensor) -> NDArray[np.float32]:
     if isinstance(features, Tensor):
-        return features.detach().to("cpu", torch.float32).numpy()
+        features = features.detach().cpu()
+        features = (features if features.is_complex() else features.to(torch.float32)).numpy()
+    if np.iscomplexobj(features):
+        raise TypeError("features must be real numbers, got complex ones")
     return np.asarray(features, dtype=np.float32)
+
+
+def _numbers(name: str, values: Any, count: int, kind: type = int) -> list[Any]:
+    """One plain number for each id, which otherwise would be found to be missing when the part is written."""
+    if len(values) != count:
+        raise ValueError(f"{name} must be one for each of the {count} ids, got {len(values)}")
+    return [kind(value) for value in values]

@@ -122,6 +122,7 @@ class PartStore(ABC):
         finally:
             if self._lock is not None:
                 self._lock.__exit__()
+                self._lock = None
 
     def _refuse_another(self, found: dict[str, Any]) -> None:
         for key, own in self._header.items():
@@ -134,7 +135,13 @@ class PartStore(ABC):
             raise UserError(f"{self.path} holds these {self.what} already: resume, or choose another directory")
 
     def _begin(self, batch: int, ids: Sequence[SampleId]) -> None:
-        """Refuse ids of two types, and begin another part where a batch does not follow the one before."""
+        """Refuse what the store cannot keep, and begin another part where a batch does not follow the one before."""
+        if self.path is not None and self._lock is None:
+            raise ValueError(
+                f"{self.path} is not open: add {self.what} within `with`, which locks it and writes the rest"
+            )
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+            raise ValueError(f"batch must be an int of at least 0, got {batch!r}")
         if ids and self._text_ids is None:
             self._text_ids = isinstance(ids[0], str)
         odd = next((sample for sample in ids if isinstance(sample, str) != self._text_ids), None)

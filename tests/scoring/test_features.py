@@ -247,20 +247,34 @@ def test_scores_are_no_features_and_features_no_scores(tmp_path: Path) -> None:
         ((1, ["c", "d"], np.ones((2, 3))), r"features must be \[2, 2\]"),
         ((1, ["c"], np.ones((2, 2))), r"features must be \[1, 2\]"),
         ((1, [7], np.ones((1, 2))), "all strings or all integers"),
+        ((-1, ["c"], np.ones((1, 2))), "batch must be an int of at least 0"),
+        ((1.0, ["c"], np.ones((1, 2))), "batch must be an int of at least 0"),
+        ((1, ["c", "d"], np.ones((2, 2)), {"flops": [1]}), "flops must be one for each of the 2 ids, got 1"),
+        ((1, ["c", "d"], np.ones((2, 2)), {"seconds": [1.0]}), "seconds must be one for each of the 2 ids, got 1"),
+        ((1, ["c"], np.ones((1, 2)), {"index": ["first"]}), "invalid literal"),
     ],
 )
 def test_a_batch_that_cannot_be_added_is_refused_and_what_is_there_is_kept(tmp_path, arguments, words) -> None:
     with FeatureStore(tmp_path / "f", {"method": "m"}, dim=2) as store:
         store.append(0, ["a", "b"], np.ones((2, 2)))
         with pytest.raises(ValueError, match=words):
-            store.append(*arguments)
-        store.append(1, ["c"], np.ones((1, 2)))
-    assert read_features(tmp_path / "f").ids == ["a", "b", "c"]
+            store.append(*arguments[:3], **dict(*arguments[3:]))
+        # NumPy's numbers are numbers.
+        store.append(1, ["c"], np.ones((1, 2)), index=np.arange(2, 3), flops=np.int64(8), seconds=np.float32(0.5))
+    found = read_features(tmp_path / "f")
+    assert (found.ids, found.index.tolist(), found.flops, found.seconds) == (["a", "b", "c"], [0, 1, 2], 8, 0.5)
+    with pytest.raises(ValueError, match="is not open"):
+        store.append(2, ["d"], np.ones((1, 2)))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"dim": 0}, "dim must be"), ({"dtype": "int4"}, "dtype must be one of"), ({"header": {}}, "must hold a method")],
+    [
+        ({"dim": 0}, "dim must be"),
+        ({"dtype": "int4"}, "dtype must be one of"),
+        ({"header": {}}, "must hold a method"),
+        ({"header": {"method": "m", "rate": float("nan")}}, "must be JSON"),
+    ],
 )
 def test_a_store_that_cannot_be_made_is_refused(changes: dict[str, Any], words: str) -> None:
     options = {"header": {"method": "m"}, "dim": 2, **changes}
