@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,8 @@ class Adafactor8bit(Optimizer8bit):
     params: fp32 or bf16 tensors, or groups of them; of more than two dimensions the last two are factored. R and C are
     fp32, and so is V of a vector. eps: (eps1, eps2); eps1=None is the eps of fp32 (torch: of the parameter's dtype).
     relative_step=False leaves out t^-0.5, scale_parameter=False the size of p: with both, U is multiplied by lr alone.
-    The first moment is corrected for no bias, as in the paper's code.
+    The first moment is corrected for no bias, as in the paper's code; whether there is one cannot change once there are
+    states.
 
     Other options as those of `AdamW8bit`, described at `Optimizer8bit`; offload is not among them: there is little to
     offload. `load_state_dict` reads states of torch.optim.Adafactor; a first moment then starts from zero.
@@ -192,13 +194,12 @@ class Adafactor8bit(Optimizer8bit):
             if group[name] not in (True, False):
                 raise TypeError(f"{name} must be True or False; got {group[name]!r}")
         eps = group["eps"]
-        if not isinstance(eps, (tuple, list)) or len(eps) != 2 or eps[1] is None:
+        two = isinstance(eps, (tuple, list)) and len(eps) == 2
+        if not two or not all(isinstance(x, numbers.Real) for x in eps[eps[0] is None :]):
             raise ValueError(f"eps must be two numbers, of which the first may be None; got {eps!r}")
-        for name in ("beta2_decay", "d"):
-            if group[name] is None:
-                raise TypeError(f"{name} must be a number; got None")
-        if group["beta1"] is not None and not 0.0 <= group["beta1"] < 1.0:
-            raise ValueError(f"beta1 must be in [0, 1), or None for no first moment; got {group['beta1']!r}")
+        beta1 = group["beta1"]
+        if isinstance(beta1, (numbers.Real, Tensor)) and not 0.0 <= beta1 < 1.0:
+            raise ValueError(f"beta1 must be in [0, 1), or None for no first moment; got {beta1!r}")
         super()._check_group(group, read_lr=read_lr)
         rule = self._rule_of(group, 0.0)
         if not 0.0 < rule.eps1 < math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ def newton_schulz(
     """U V^T of a matrix m = U S V^T [R, C], but for singular values that end between about 0.7 and 1.2.
 
     x_0 = m / |m|_F, x <- a x + (b x x^T + c (x x^T)^2) x, in bf16 on a GPU and in the dtype of m on a CPU. A matrix of
-    zeros stays one. Cost: steps (4 s^2 l + 2 s^3) FLOPs with s the shorter side and l the longer one.
+    zeros stays one. Raises ValueError unless m is a matrix, TypeError unless its elements are floating point. Cost:
+    steps (4 s^2 l + 2 s^3) FLOPs with s the shorter side and l the longer one.
 
     Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024).
 
@@ -34,6 +36,10 @@ def newton_schulz(
     >>> bool((torch.linalg.svdvals(u) > 0.6).all() and (torch.linalg.svdvals(u) < 1.3).all())
     True
     """
+    if m.ndim != 2:
+        raise ValueError(f"m must be a matrix; got shape {tuple(m.shape)}")
+    if not m.is_floating_point():
+        raise TypeError(f"m must be floating point; got {m.dtype}")
     a, b, c = coefficients
     x = m / torch.linalg.vector_norm(m, dtype=torch.float64).clamp_min(eps).to(m.dtype)
     if m.is_cuda:
@@ -169,7 +175,8 @@ class Muon8bit(Optimizer8bit):
 
     def _check_group(self, group: dict[str, Any], *, read_lr: bool = True) -> None:
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]
-        if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
+        three = isinstance(coefficients, (tuple, list)) and len(coefficients) == 3
+        if not three or not all(isinstance(x, numbers.Real) for x in coefficients):
             raise ValueError(f"ns_coefficients must be three numbers; got {coefficients!r}")
         if not all(math.isfinite(x) for x in coefficients):
             raise ValueError(f"ns_coefficients must be finite; got {coefficients!r}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LAYOUT = ("states", "master", "block_size")
 # What states were made for: they would have to be made anew.
 FIXED = (*LAYOUT, "offload", "code")
+OPTIONAL = ("clip_norm", "beta1")  # None is to do without
 _SWITCHES = ("skip_nonfinite", "nesterov", "offload")
 
 
@@ -31,8 +32,10 @@ def check_group(optimizer: Optimizer8bit, group: dict[str, Any], *, read_lr: boo
         if name in group and group[name] not in (True, False):
             raise TypeError(f"{name} must be True or False; got {group[name]!r}")
     for name in optimizer._numbers:
-        value = group.get(name)
-        if not isinstance(value, (numbers.Real, Tensor)) and not (value is None and name != "lr"):
+        if name not in group or (group[name] is None and name in OPTIONAL):
+            continue
+        value = group[name]
+        if not isinstance(value, (numbers.Real, Tensor)):
             raise TypeError(f"{name} must be a number; got {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of one element; got shape {tuple(value.shape)}")
@@ -86,6 +89,8 @@ class SeenOptions:
                 return
         before = dict(zip(seen.names, seen.options, strict=True))
         changed = [name for name in FIXED if group.get(name) != before[name]]
+        # Any other beta1 will do; without one there is no first moment.
+        changed += [name for name in before if name == "beta1" and (group.get(name) is None) != (before[name] is None)]
         for name in changed:
             if name == "code" or any(optimizer.state.get(p) for p in group["params"]):
                 raise ValueError(

@@ -196,6 +196,8 @@ def test_second_moments_take_the_rows_and_columns_and_no_more() -> None:
         ({"d": 0.5}, ValueError, "d must be >= 1"),
         ({"d": None}, TypeError, "d must be a number"),
         ({"eps": 1e-3}, ValueError, "eps must be two numbers"),
+        ({"eps": ("a", 1e-3)}, ValueError, "eps must be two numbers"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number; got None"),
         ({"eps": (0.0, 1e-3)}, ValueError, "eps must be > 0"),
         ({"eps": (1e-3, -1.0)}, ValueError, "eps must be >= 0"),
         ({"beta1": 1.0}, ValueError, r"beta1 must be in \[0, 1\)"),
@@ -213,3 +215,17 @@ def test_options_out_of_range_are_refused_at_once_and_later(options: dict[str, A
     with pytest.raises(error, match=match):
         optimizer.step()
     assert torch.equal(p.detach(), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0.9), (0.9, None)])
+def test_a_first_moment_cannot_come_or_go_once_there_are_states(before: float | None, after: float | None) -> None:
+    p = nn.Parameter(torch.ones(3, 3))
+    p.grad = torch.ones(3, 3)
+    optimizer = Adafactor8bit([p], beta1=before)
+    optimizer.step()
+    optimizer.param_groups[0]["beta1"] = after
+    with pytest.raises(ValueError, match=f"beta1 of group 0 was {before} .* cannot become {after}"):
+        optimizer.step()
+    optimizer.param_groups[0]["beta1"] = before and 0.5
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2

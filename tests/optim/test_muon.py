@@ -99,6 +99,14 @@ def test_a_matrix_of_zeros_or_of_nothing_stays_one() -> None:
         assert torch.equal(newton_schulz(torch.zeros(shape)), torch.zeros(shape))
 
 
+def test_what_cannot_be_orthogonalised_is_refused() -> None:
+    for shape in ((), (4,), (2, 3, 4)):
+        with pytest.raises(ValueError, match="m must be a matrix"):
+            newton_schulz(torch.ones(shape))
+    with pytest.raises(TypeError, match="m must be floating point"):
+        newton_schulz(torch.ones(3, 3, dtype=torch.int64))
+
+
 # ---- the optimizer
 
 
@@ -252,6 +260,8 @@ def test_what_is_no_matrix_is_refused_with_a_place_to_go(shape: tuple[int, ...])
         ({"ns_steps": 100}, ValueError, r"ns_steps must be in \[0, 100\)"),
         ({"ns_steps": 2.5}, TypeError, "ns_steps must be a whole number"),
         ({"ns_coefficients": (1.0, 2.0)}, ValueError, "ns_coefficients must be three numbers"),
+        ({"ns_coefficients": (1.0, 2.0, "a")}, ValueError, "ns_coefficients must be three numbers"),
+        ({"momentum": None}, TypeError, "momentum must be a number; got None"),
         ({"ns_coefficients": (1.0, 2.0, float("nan"))}, ValueError, "ns_coefficients must be finite"),
         ({"adjust_lr_fn": "spectral"}, ValueError, "adjust_lr_fn must be None, 'original' or 'match_rms_adamw'"),
         ({"momentum": 1.0}, ValueError, "momentum must be a number in"),

@@ -147,6 +147,16 @@ def test_groups_that_were_put_in_by_hand_are_looked_at() -> None:
         take_step(params, optimizer)
 
 
+def test_what_a_scheduler_writes_beside_the_options_need_not_be_in_a_state_dict() -> None:
+    params, optimizer = two_groups()
+    continued = AdamW8bit([{"params": [p]} for p in params])
+    torch.optim.lr_scheduler.LinearLR(continued, total_iters=10)
+    assert "initial_lr" in continued.param_groups[0]
+    continued.load_state_dict(optimizer.state_dict())
+    take_step(params, continued)
+    assert continued.state[params[0]]["step"] == 2
+
+
 # ---- steps that are skipped
 
 
