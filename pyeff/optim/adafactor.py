@@ -198,7 +198,7 @@ class Adafactor8bit(Optimizer8bit):
         if not two or not all(isinstance(x, numbers.Real) for x in eps[eps[0] is None :]):
             raise ValueError(f"eps must be two numbers, of which the first may be None; got {eps!r}")
         beta1 = group["beta1"]
-        if isinstance(beta1, (numbers.Real, Tensor)) and not 0.0 <= beta1 < 1.0:
+        if isinstance(beta1, (float, int, Tensor)) and not 0.0 <= beta1 < 1.0:
             raise ValueError(f"beta1 must be in [0, 1), or None for no first moment; got {beta1!r}")
         super()._check_group(group, read_lr=read_lr)
         rule = self._rule_of(group, 0.0)
