@@ -194,6 +194,8 @@ class InfluenceMethod(PoolScore):
                 for state, pair in zip(states, pairs, strict=True)
             ],
         }
+        if "texts" in pool.header:
+            header["texts"] = pool.header["texts"]
         where = None if path is None else path / INFLUENCE
         ids, index = pool.ids, pool.index
         with FeatureStore(where, header, dim=len(targets), dtype="float32") as store:

@@ -17,7 +17,7 @@ from pyeff.governor.flops import Cost, TransformerShape
 from pyeff.scoring.flops import flop_counter
 from pyeff.scoring.language_model import check_head, check_packing, shape_of_model, without_adapters
 from pyeff.scoring.scores import SampleId
-from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids, rows_of
+from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids, rows_of, texts_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,8 @@ class LanguageScoring:
         encoded = _encoded(dataset, tokenizer)
         if not encoded:
             raise ValueError("the dataset is empty: there is nothing to score")
-        names = [sample.id for sample in encoded.samples] if isinstance(encoded, EncodedSamples) else None
+        self._texts = encoded.samples if isinstance(encoded, EncodedSamples) else None
+        names = None if self._texts is None else [sample.id for sample in self._texts]
         self._ids = refuse_bad_ids(names or [sample.sample_index for sample in encoded], set())
         for name, sample in zip(self._ids, encoded, strict=True):
             if len(sample.ids) > batch_tokens:
@@ -118,7 +119,8 @@ class LanguageScoring:
         digest = Digest().any(self._ids)
         for sample in self._samples:
             digest.tensor(torch.tensor([sample.prompt_length, *sample.ids]))
-        return {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_tokens} tokens"}
+        described = {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_tokens} tokens"}
+        return described if self._texts is None else {**described, "texts": texts_fingerprint(self._texts)}
 
     def run(self, method: BatchMethod, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the batches of these numbers, in turn."""

@@ -22,7 +22,7 @@ from pyeff.scoring.scores import SampleId, Scores
 from pyeff.scoring.store import BY_TARGETS
 from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import check_targets_given, fingerprint_of, texts_of
-from pyeff.scoring.work import Digest, ScoredBatch, Work, as_array, device_of, refuse_bad_ids
+from pyeff.scoring.work import Digest, ScoredBatch, Work, as_array, device_of, refuse_bad_ids, texts_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +109,7 @@ class _Texts:
             raise ValueError("tokenizer must be given with an encoder that has no encode(texts), got None")
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         self._ids = refuse_bad_ids([sample.id for sample in found], set())
+        self._fingerprint = texts_fingerprint(found)
         self._texts = [f"{sample.prompt}\n{sample.answer}" for sample in found]
         self.samples = len(found)
         self.batches = -(-self.samples // batch_size)
@@ -119,7 +120,8 @@ class _Texts:
     def describe(self) -> dict[str, Any]:
         """Fingerprint of ids and texts, and how they are batched."""
         digest = Digest().any(self._ids).any(self._texts)
-        return {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_size} samples"}
+        described = {"dataset": digest.hex(), "samples": self.samples, "batching": f"{self._batch_size} samples"}
+        return {**described, "texts": self._fingerprint}
 
     def run(self, method: Method, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Embed the batches of these numbers, in turn."""

@@ -274,6 +274,21 @@ def header_of(directory: Path, what: str) -> dict[str, Any] | None:
     return header
 
 
+def texts_at(path: Path) -> str | None:
+    """The fingerprint of the texts that the scores or features at ``path`` are of; None where it is not known.
+
+    It stands in their header, or for a table beside the directories of what it was computed from, in the pool's.
+    """
+    below = sorted(each for each in path.iterdir() if each.name != "targets") if path.is_dir() else []
+    for directory in (path, *below):
+        try:
+            found = json.loads((directory / HEADER).read_text(encoding="utf-8")).get("texts")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        return found if isinstance(found, str) else None
+    return None
+
+
 def part_name(batch: int) -> str:
     """Name of the part that begins with this batch."""
     return f"part-{batch:06d}.parquet"

@@ -19,7 +19,7 @@ from pyeff.errors import UserError
 from pyeff.scoring.language import is_source, variant
 from pyeff.scoring.method import Method, PoolScore
 from pyeff.scoring.scores import SampleId, Scores
-from pyeff.scoring.work import Digest, ScoredBatch, refuse_bad_ids
+from pyeff.scoring.work import Digest, ScoredBatch, refuse_bad_ids, texts_fingerprint
 from pyeff.selection import per_sample
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class _Pool:
         digest = Digest().any(self._ids)
         for sample in self.texts or ():
             digest.text(sample.prompt).text(sample.answer)
-        return {"dataset": digest.hex(), "samples": self.samples, "batching": "the whole pool"}
+        described = {"dataset": digest.hex(), "samples": self.samples, "batching": "the whole pool"}
+        return described if self.texts is None else {**described, "texts": texts_fingerprint(self.texts)}
 
     def run(self, method: Method, batches: Sequence[int]) -> Iterator[ScoredBatch]:
         """Score the pool, unless it is."""

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pyeff.data.samples import Sample
 from pyeff.scoring.scores import SampleId
 
 
@@ -109,6 +110,11 @@ class Digest:
     def hex(self) -> str:
         """The fingerprint, 32 hexadecimal digits."""
         return self._hash.hexdigest()
+
+
+def texts_fingerprint(samples: Sequence[Sample]) -> str:
+    """A fingerprint of samples' ids, prompts and answers, by which a selection knows the pool that was scored."""
+    return Digest().any([(sample.id, sample.prompt, sample.answer) for sample in samples]).hex()
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -20,6 +20,8 @@ from pyeff.data.sources import Source
 from pyeff.errors import UserError
 from pyeff.scoring import Features, TargetSimilarities, read_features, read_scores
 from pyeff.scoring.scores import SampleId, arrow
+from pyeff.scoring.store import texts_at
+from pyeff.scoring.work import texts_fingerprint
 from pyeff.selection import (
     ScoreMatrix,
     SelectionPayBack,
@@ -267,15 +269,19 @@ class _Pool:
             raise UserError(f"{config.features} holds no features")
         pool.method = " and ".join(dict.fromkeys(methods))
         if config.data is not None:
-            pool._read_texts(config.data)
+            pool._read_texts(config.data, config.features or config.scores)
         return pool
 
-    def _read_texts(self, data: SelectDataConfig) -> None:
+    def _read_texts(self, data: SelectDataConfig, scored: Path | None) -> None:
         by_id = {sample.id: sample for sample in load_samples(data.pool)}
         missing = next((name for name in self.ids if name not in by_id), None)
         if missing is not None:
             raise UserError(f"data.pool has no sample {missing!r}, which has a score: name the pool that was scored")
         self.texts = [by_id[str(name)] for name in self.ids]
+        # Ids may be numbers of rows, which say nothing of what stands in them.
+        known = None if scored is None else texts_at(scored)
+        if known not in (None, texts_fingerprint([self.texts[row] for row in np.argsort(self.index)])):
+            raise UserError(f"data.pool holds other texts than {scored} was made of: score the pool as it is now")
         target = load_samples(data.target) if data.target else []
         holdout = load_samples(data.holdout) if data.holdout else []
         refuse_overlap(target, holdout)

@@ -167,6 +167,17 @@ def test_what_the_holdout_asks_is_left_out_and_a_target_in_the_holdout_refused(t
     assert "has the prompt of holdout sample" in error_of(capsys)
 
 
+@pytest.mark.parametrize("what", ["another order", "another answer"])
+def test_a_pool_that_has_changed_since_it_was_scored_is_refused(tmp_path, world, capsys, what) -> None:
+    file = tmp_path / "pool.jsonl"
+    lines = file.read_text().splitlines()
+    changed = lines[::-1] if what == "another order" else [lines[0].replace("answer 0", "another"), *lines[1:]]
+    file.write_text("\n".join(changed))
+    assert select(tmp_path, world) == 2
+    assert "data.pool holds other texts than" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bm25_scores_for_each_target_are_chosen_from_in_turn(tmp_path, world) -> None:
     samples = load_samples(JsonlSource(**world["data"]["pool"]))
     matrix = BM25(samples[:2]).matrix(samples)
