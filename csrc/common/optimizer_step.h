@@ -40,21 +40,22 @@ struct OptimizerRule {
 // what brings them back to m and sqrt(v) is applied to the scale of a block. The corrections for bias stand in
 // step_size and eps.
 struct StepScalars {
-    float clip;          // of the gradient
-    float l2;            // weight decay that is added to the gradient
-    float decay;         // 1 - lr weight_decay where it is not
-    float step_size;     // Adam: lr sqrt(1 - beta2^t) / (1 - beta1^t) in the units of M and R; else lr
-    float eps;           // Adam: in units of R
-    float first_in;      // beta1, in Adam's units
-    float first_out;     // to the units in which the moment is kept
-    float gradient_in;   // 1 - beta1; 1 - dampening in SGD
-    float second_in;     // beta2, in Adam's units
-    float second_out;    // as first_out
-    float gradient_in2;  // 1 - beta2
-    int32_t skip;        // the gradients are not finite
-    uint32_t turn;       // how far this step's offsets of roots have gone round
-    uint64_t pattern;    // of where they begin
-    uint64_t stream;     // of this step's random bits
+    float clip;           // of the gradient
+    float l2;             // weight decay that is added to the gradient
+    float decay;          // 1 - lr weight_decay where it is not
+    float step_size;      // Adam: lr sqrt(1 - beta2^t) / (1 - beta1^t) in the units of M and R; else lr
+    float eps;            // Adam: in units of R
+    float first_in;       // beta1, in Adam's units
+    float first_out;      // to the units in which the moment is kept
+    float gradient_in;    // 1 - beta1; 1 - dampening in SGD
+    float second_in;      // beta2, in Adam's units
+    float second_out;     // as first_out
+    float gradient_in2;   // 1 - beta2
+    int32_t skip;         // the gradients are not finite
+    uint32_t turn;        // how far this step's offsets of roots have gone round
+    uint32_t first_turn;  // and those of first moments
+    uint64_t pattern;     // of where they begin
+    uint64_t stream;      // of this step's random bits
 };
 
 constexpr uint32_t BITS_OF_ONE = 0x3f800000u;
@@ -72,6 +73,7 @@ constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // 2^-126: below it 1 / scale
 
 constexpr uint64_t GOLDEN = 0x9e3779b97f4a7c15u;  // 2^64 and 2^32 by the golden section
 constexpr uint32_t GOLDEN_SECTION = 0x9e3779b9u;
+constexpr uint32_t ROOT_OF_TWO = 0x6a09e667u;  // what it is over one, in 2^32
 
 PYEFF_LANE uint64_t mixed(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -123,6 +125,7 @@ PYEFF_LANE StepScalars scalars_of(const OptimizerRule& r, double lr, double step
     }
     s.pattern = mixed(static_cast<uint64_t>(r.seed) + GOLDEN * (static_cast<uint64_t>(key) + 1));
     s.turn = static_cast<uint32_t>(static_cast<uint64_t>(step)) * GOLDEN_SECTION;
+    s.first_turn = static_cast<uint32_t>(static_cast<uint64_t>(step)) * ROOT_OF_TWO;
     s.stream = mixed(s.pattern ^ static_cast<uint64_t>(step));
     return s;
 }
@@ -151,13 +154,22 @@ PYEFF_LANE float root_divisor(float scale, const StepScalars& s) {
 PYEFF_LANE uint64_t random_key(const StepScalars& s, int64_t block) {
     return mixed(s.stream + GOLDEN * static_cast<uint64_t>(block));
 }
-// What is added to a block's t, of which a root is made, before it is rounded to 1/256: half of that to either side, so
-// that it is rounded up or down at random. Steps go round the circle by the golden section, which fills it most evenly
-// and adds less noise than independent draws. The last 2^-12 of either side is kept free, so that 1 stays 1.
-PYEFF_LANE float root_offset(const StepScalars& s, int64_t block) {
-    const uint64_t start = mixed(s.pattern + GOLDEN * static_cast<uint64_t>(block));
-    const uint32_t place = static_cast<uint32_t>(start >> 32) + s.turn;
+// What is added to a block's t, of which a moment and a root are made, before they are rounded to 1/128 and 1/256: half
+// of that to either side, so that they are rounded up or down at random. Both must be: a moment that stays where it is
+// beside a root that falls makes steps without bound. Steps go round the circle by the golden section, which fills it
+// most evenly and adds less noise than independent draws; the moment's by the square root of two, which is as even and
+// knows nothing of the other. The last 2^-12 of either side is kept free, so that what a scale is made of stays.
+PYEFF_LANE float offset_of(uint32_t place) {
     return static_cast<float>(2 * static_cast<int32_t>(place >> 20) - 4095) * (1.0f / 2097152.0f);
+}
+PYEFF_LANE uint64_t start_of_offsets(const StepScalars& s, int64_t block) {
+    return mixed(s.pattern + GOLDEN * static_cast<uint64_t>(block));
+}
+PYEFF_LANE float first_offset(const StepScalars& s, int64_t block) {
+    return 2.0f * offset_of(static_cast<uint32_t>(start_of_offsets(s, block)) + s.first_turn);
+}
+PYEFF_LANE float root_offset(const StepScalars& s, int64_t block) {
+    return offset_of(static_cast<uint32_t>(start_of_offsets(s, block) >> 32) + s.turn);
 }
 
 // ------------------------------------------------------------------------------------------------ the codes
@@ -171,16 +183,17 @@ PYEFF_LANE F decode_signed(U code, F factor) {
     return float_of_bits(bits_of(magnitude) | (code & broadcast(0x80000000u, code)));
 }
 
-// relative = m / scale, at most 31/32 in magnitude. Only the low eight bits of the result count.
+// relative = m / scale, at most 31/32 in magnitude; `offset` is the block's. Only the low eight bits of the result
+// count.
 template <class U, class F>
-PYEFF_LANE U encode_signed(F relative, U like) {
+PYEFF_LANE U encode_signed(F relative, float offset, U like) {
     // A sign would carry into bit 29 of the quarter of a negative number, which is set in that of every positive one:
     // both it and the sign come back with `bits`. Where bit 29 of `bits` is not set, the code is zero anyhow.
     const U bits = bits_of(relative);
     const U quarter = (bits + broadcast(3u * BITS_OF_ONE, like)) >> 2;
     const F t = float_of_bits(quarter | (bits & broadcast(0xa0000000u, like)));
     // Adding 1.5 2^16 rounds t to nearest even 1/128 and leaves 128 t in the lowest bits, in two's complement.
-    return bits_of(t + broadcast(98304.0f, relative));
+    return bits_of(t + broadcast(offset, relative) + broadcast(98304.0f, relative));
 }
 
 // sqrt(v): B(sqrt(v) / scale) = 3 B((code + 1) / 256) - 2 B(1); never zero.

@@ -163,27 +163,27 @@ const float* gradients_of(const Run& r, int64_t g_dtype, const float* p, const S
 }
 
 template <int RULE, bool CLAMP>
-PYEFF_LANE void encode(const Run& r, int64_t begin, int64_t end, float first_by, float second_by, float offset,
-                       const Buffers& buffers) {
+PYEFF_LANE void encode(const Run& r, int64_t begin, int64_t end, float first_by, float around, float second_by,
+                       float offset, const Buffers& buffers) {
     auto* first = static_cast<uint8_t*>(r.first);
     auto* second = static_cast<uint8_t*>(r.second);
     for_lanes(begin, end, [&](int64_t i, auto f, auto u) PYEFF_INLINE {
         auto moment = load_like(buffers.first + i, f) * broadcast(first_by, f);
         if (CLAMP) moment = clamped(moment, LARGEST_CODED);
         if (RULE != RULE_ADAM) {
-            keep_byte(first + i, encode_signed(moment, u));
+            keep_byte(first + i, encode_signed(moment, around, u));
             return;
         }
         auto root = load_like(buffers.second + i, f) * broadcast(second_by, f);
         if (CLAMP) root = clamped(root, 1.0f);
-        keep_bytes(first + i, encode_signed(moment, u), second + i, encode_root(root, offset, u));
+        keep_bytes(first + i, encode_signed(moment, around, u), second + i, encode_root(root, offset, u));
     });
 }
 
 template <int RULE>
-__attribute__((noinline)) void encode_nonfinite(const Run& r, int64_t begin, int64_t end, float first_by,
+__attribute__((noinline)) void encode_nonfinite(const Run& r, int64_t begin, int64_t end, float first_by, float around,
                                                 float second_by, float offset, const Buffers& buffers) {
-    encode<RULE, true>(r, begin, end, first_by, second_by, offset, buffers);
+    encode<RULE, true>(r, begin, end, first_by, around, second_by, offset, buffers);
 }
 
 // The bits of the largest moment and of the largest root of a block.
@@ -271,10 +271,11 @@ void update_coded(const Run& r, float* p, const float* g, bool nesterov, const S
             root_by = root_divisor(r.second_scales[block], s);
             offset = root_offset(s, r.index + block);
         }
+        const float first_by = first_divisor(scale, s), around = first_offset(s, r.index + block);
         if (finite)
-            encode<RULE, false>(r, begin, end, first_divisor(scale, s), root_by, offset, buffers);
+            encode<RULE, false>(r, begin, end, first_by, around, root_by, offset, buffers);
         else
-            encode_nonfinite<RULE>(r, begin, end, first_divisor(scale, s), root_by, offset, buffers);
+            encode_nonfinite<RULE>(r, begin, end, first_by, around, root_by, offset, buffers);
     }
 }
 

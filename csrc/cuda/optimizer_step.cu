@@ -194,10 +194,11 @@ __global__ void __launch_bounds__(THREADS, CODED ? 3 : 2)
     __shared__ float shared_first[WARPS], shared_root[WARPS];
     const int threads = (1 << block_bits) / OWN;
     const float new_scale = first_scale(largest_of(largest_first, threads, shared_first), s);
-    const float divisor = first_divisor(new_scale, s);
+    const float divisor = first_divisor(new_scale, s), around = first_offset(s, t.first_block + block);
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
-        first.bytes[i] = static_cast<uint8_t>(encode_signed(clamped(moment.floats[i] * divisor, LARGEST_CODED), 0u));
+        first.bytes[i] =
+            static_cast<uint8_t>(encode_signed(clamped(moment.floats[i] * divisor, LARGEST_CODED), around, 0u));
     write<uint8_t>(t.first, at, first, count);
     // Every thread of the block has read the old scales: the new ones are made of what they computed with them.
     const bool writes_scales = count && threadIdx.x % threads == 0;

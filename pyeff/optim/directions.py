@@ -101,8 +101,8 @@ class DirectionPlan(ABC):
         weight = p is self.params[i]
         master, step = self.states[i][MASTER], self.states[i][STEP]
         assert step is not None
-        # SGD takes a gradient for the momentum in its first step, which this one is not; only the weight's are counted.
-        steps = step if weight else torch.ones_like(step)
+        # SGD takes a gradient for the momentum in its first step, which is not to be; only the weight's are counted.
+        steps = step if weight else step + 1.0
         masters = [master] if weight and master is not None else []
         return StepPlan(
             [p],

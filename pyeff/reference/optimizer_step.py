@@ -64,6 +64,7 @@ _SMALLEST_SCALE = 2.0**-126  # below it 1 / scale overflows
 _WORD, _LONG = (1 << 32) - 1, (1 << 64) - 1
 _BF16_NAN = 0x7FC0
 _GOLDEN = 0x9E3779B97F4A7C15
+_ROOT_OF_TWO = 0x6A09E667  # what it is over one, in 2^32
 _NORM_CHUNK = 4096
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -219,14 +220,19 @@ def decode_signed(code: Tensor, factor: Tensor) -> Tensor:
     return torch.where(k < 0, -magnitude, magnitude)
 
 
-def encode_signed(m: Tensor, out: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `out` times the values fp32 [blocks, block_size]."""
+def encode_signed(m: Tensor, out: float = 1.0, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `out` times the values fp32 [blocks, block_size].
+
+    offset: added to t of each block before rounding, fp32 [blocks] from `first_offsets`; else to nearest.
+    """
     largest = _largest_finite(m.abs())
     scale = (largest * out * _float32(32 / 31)).clamp_min(_SMALLEST_SCALE)
     relative = m * (torch.full_like(scale, out) / scale)[:, None]  # out / scale would be two roundings
     relative = torch.where(relative.isnan(), _LARGEST_CODED, relative.clamp(-_LARGEST_CODED, _LARGEST_CODED))
-    t = _from_bits((_bits(relative.abs()).long() + 3 * _ONE) >> 2)
-    k = (t * 128).round() * relative.sign()
+    t = _from_bits((_bits(relative.abs()).long() + 3 * _ONE) >> 2) * relative.sign()
+    if offset is not None:
+        t = t + offset[:, None]
+    k = (t * 128).round()
     return k.to(torch.int8).view(torch.uint8), scale
 
 
@@ -256,7 +262,17 @@ def encode_root(root: Tensor, out: float = 1.0, offset: Tensor | None = None) ->
 def root_offsets(blocks: int, pattern: int, step: int, *, first_block: int = 0) -> Tensor:
     """What is added to t of each block before it is rounded to 1/256, fp32 [blocks] within half of that."""
     starts = [_mixed(pattern + _GOLDEN * block) >> 32 for block in range(first_block, first_block + blocks)]
-    place = (torch.tensor(starts, dtype=torch.int64) + step * (_GOLDEN >> 32)) & _WORD
+    return _offsets(starts, step * (_GOLDEN >> 32))
+
+
+def first_offsets(blocks: int, pattern: int, step: int, *, first_block: int = 0) -> Tensor:
+    """The same of a first moment, whose t is rounded to 1/128."""
+    starts = [_mixed(pattern + _GOLDEN * block) & _WORD for block in range(first_block, first_block + blocks)]
+    return 2 * _offsets(starts, step * _ROOT_OF_TWO)
+
+
+def _offsets(starts: list[int], turn: int) -> Tensor:
+    place = (torch.tensor(starts, dtype=torch.int64) + turn) & _WORD
     return (2.0 * (place >> 20).float() - 4095) / (1 << 21)
 
 
@@ -359,7 +375,8 @@ def optimizer_step(
             if root is not None:
                 # g^2 overflows for g beyond 1.8e19. The root is coded as the block's largest; its moment would be huge.
                 m = m.where(root.isfinite(), 0.0)
-            code, scale = encode_signed(m.where(inside, 0.0), s.first_out)
+            around = first_offsets(m.shape[0], s.pattern, step, first_block=start).to(p.device)
+            code, scale = encode_signed(m.where(inside, 0.0), s.first_out, around)
             first[i].copy_(from_blocks(code, p, row))
             first_scale[i].copy_(scale.view_as(first_scale[i]))
             if root is not None:

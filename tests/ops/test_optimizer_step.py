@@ -34,6 +34,7 @@ from pyeff.reference.optimizer_step import (
     decode_signed,
     encode_root,
     encode_signed,
+    first_offsets,
     join_from_24_bits,
     random_bits,
     root_offsets,
@@ -199,19 +200,66 @@ def test_second_moment_is_rounded_up_with_the_probability_of_what_is_cut_off() -
     assert ((codes.double().mean(0) - parts).abs() <= 1 / 4096 + third)[above].all()
 
 
-def test_offsets_go_evenly_round_with_the_steps_and_differ_between_blocks() -> None:
-    steps = torch.stack([root_offsets(64, 1, step) for step in range(4096)])
-    assert torch.equal(root_offsets(4, 1, 7, first_block=60), steps[7, 60:])
-    bound = 1 / 512
+def test_first_moment_is_rounded_up_with_the_probability_of_what_is_cut_off() -> None:
+    offsets = (2.0 * torch.arange(4096) - 4095) / (1 << 20)
+    parts = torch.arange(1.0, 127.0, 0.37)
+    m = (4 * (parts / 128).view(torch.int32).long() - 3 * 0x3F800000).to(torch.int32).view(torch.float32)
+    row = torch.cat([m, -m, torch.tensor([31 / 32, -31 / 32, 0.0])])
+    parts = torch.cat([parts, -parts])
+    codes = encode_signed(row.expand(4096, -1), 1.0, offsets)[0].view(torch.int8).double()
+    assert (codes[:, -3:] == torch.tensor([127.0, -127.0, 0.0])).all(), "these stay whatever is drawn"
+    codes = codes[:, :-3]
+    assert ((codes == parts.floor()) | (codes == parts.ceil())).all()
+    # The quarter drops what the scale's rounding changed and two bits of 2^-16 of a code at most.
+    assert ((codes.mean(0) - parts).abs() <= 1 / 4096 + 2.0**-13).all()
+
+
+@pytest.mark.parametrize(("offsets_of", "bound", "widest"), [(root_offsets, 1 / 512, 2), (first_offsets, 1 / 256, 3)])
+def test_offsets_go_evenly_round_with_the_steps_and_differ_between_blocks(
+    offsets_of: Any, bound: float, widest: int
+) -> None:
+    steps = torch.stack([offsets_of(64, 1, step) for step in range(4096)])
+    assert torch.equal(offsets_of(4, 1, 7, first_block=60), steps[7, 60:])
     assert steps.abs().max() < bound
-    # The golden section leaves no gap wider than 2 / n steps, whatever part of the sequence is taken.
+    # The golden section leaves no gap wider than 2 / n steps, the root of two none than 3 / n, in any part of these.
     for part in (steps[:1000], steps[3000:]):
         gaps = (part.sort(0).values.diff(dim=0) / (2 * bound)).max()
-        assert gaps <= 2 / len(part) + 1 / 4096
+        assert gaps <= widest / len(part) + 1 / 4096
     # Blocks begin at random: six standard errors of the correlation of 64 of them.
-    one, other = (root_offsets(4096, pattern, 1) / bound for pattern in (1, 2))
+    one, other = (offsets_of(4096, pattern, 1) / bound for pattern in (1, 2))
     for a, b in ((one, other), (one[1:], one[:-1])):
         assert ((a * b).mean() * 3).abs() <= 6 / a.numel() ** 0.5
+
+
+def test_the_two_offsets_of_a_block_know_nothing_of_each_other() -> None:
+    pairs = torch.stack([torch.cat([root_offsets(1, 1, k) * 512, first_offsets(1, 1, k) * 256]) for k in range(4096)])
+    assert (pairs[:, 0] * pairs[:, 1]).mean().abs() * 3 <= 6 / 4096**0.5
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        OptimizerRule("adam", lr=1.0, beta1=0.9, beta2=0.95),
+        OptimizerRule("adam", lr=1.0, beta1=0.95, beta2=0.99),
+        OptimizerRule("sgd", lr=1.0, beta1=0.9),
+    ],
+    ids=["adam", "adam-slower", "sgd"],
+)
+def test_an_element_whose_gradients_end_comes_to_rest_beside_others_that_go_on(rule: OptimizerRule) -> None:
+    """Rounded to nearest its moment would stay for ever, and beside a root that falls make steps of 60 to 9,000 lr."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.zeros(1024)
+    states = OptimizerStates.zeros([p], rule=rule.rule)
+    for step in range(900):
+        g = torch.randn(4, 256, generator=generator)
+        if step >= 100:
+            g[:, :8], g[:, 8:] = 1.0, 0.0
+        if step == 800:
+            before = p.clone()
+        optimizer_step([p], [g.view(-1)], states, rule)
+    moved = (p - before).view(4, 256)
+    assert (moved[:, :8] != 0).all()
+    assert (moved[:, 8:] == 0).all()
 
 
 def test_a_moment_that_moves_less_than_a_code_still_moves() -> None:
