@@ -22,7 +22,7 @@ from pyeff.scoring.language import Reduction, check_reduction, variant
 from pyeff.scoring.method import PoolScore
 from pyeff.scoring.quantised import FeatureType
 from pyeff.scoring.scores import Scores
-from pyeff.scoring.store import BY_TARGETS, digest_of
+from pyeff.scoring.store import BY_TARGETS, digest_of, refuse_other_scores
 from pyeff.scoring.targets import TargetSimilarities, compared_costs, score_table
 from pyeff.scoring.texts import REDUCTIONS, fingerprint_of, texts_of
 from pyeff.scoring.training_states import INFLUENCE, ROWS, TrainingState, WeightedSum
@@ -116,6 +116,7 @@ class InfluenceMethod(PoolScore):
         where = None if path is None else Path(path)
         if where is not None and where.is_dir() and not resume and any(where.iterdir()):
             raise UserError(f"{where} holds these scores already: resume, or choose another directory")
+        refuse_other_scores(where, BY_TARGETS, self.name)
         options = {
             "dtype": dtype,
             "batch_size": batch_size,

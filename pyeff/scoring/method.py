@@ -19,7 +19,7 @@ from pyeff.scoring.features import Features
 from pyeff.scoring.language import BatchWork, LanguageScoring, is_language_data
 from pyeff.scoring.quantised import FeatureType
 from pyeff.scoring.scores import Scores, average, shares
-from pyeff.scoring.store import AVERAGE, ScoreStore
+from pyeff.scoring.store import AVERAGE, ScoreStore, refuse_other_scores
 from pyeff.scoring.work import ScoredBatch, Work, device_of, evaluating, model_fingerprint
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class PoolScore(Method):
         for name in models:
             if Path(name).name != name or name in ("", "..", AVERAGE):
                 raise ValueError(f"the names of models become names of directories, and {name!r} is none")
+        refuse_other_scores(None if path is None else Path(path), AVERAGE, self.name)
         parts = []
         for name, model in models.items():
             loaded = model if isinstance(model, nn.Module) else model()

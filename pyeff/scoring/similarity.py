@@ -19,7 +19,7 @@ from pyeff.scoring.method import FeatureMethod, Method, PoolScore
 from pyeff.scoring.pool import answer_embeddings
 from pyeff.scoring.quantised import FeatureType
 from pyeff.scoring.scores import SampleId, Scores
-from pyeff.scoring.store import BY_TARGETS
+from pyeff.scoring.store import BY_TARGETS, refuse_other_scores
 from pyeff.scoring.targets import TargetSimilarities, target_scores
 from pyeff.scoring.texts import check_targets_given, fingerprint_of, texts_of
 from pyeff.scoring.work import Digest, ScoredBatch, Work, as_array, device_of, refuse_bad_ids, texts_fingerprint
@@ -73,7 +73,7 @@ class HiddenStates(FeatureMethod):
 class TextEmbeddings(FeatureMethod):
     """Embeddings of samples' texts by an encoder: the mean of the last hidden states over a text's tokens.
 
-    The model is an encoder of transformers, with its ``tokenizer``, or anything that has `encode(texts)`, as models of
+    The model is an encoder of transformers, with its ``tokenizer``, or a module that has `encode(texts)`, as models of
     sentence-transformers do. A text is a sample's prompt, a line break and its answer; longer ones are cut to what the
     encoder takes. Reimers and Gurevych, 2019, "Sentence-BERT", arXiv:1908.10084.
 
@@ -88,7 +88,11 @@ class TextEmbeddings(FeatureMethod):
     def dim(self, model: nn.Module) -> int:
         """Width of the encoder's output."""
         size = getattr(model, "get_sentence_embedding_dimension", None)
-        return int(size()) if size is not None else int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        if size is not None:
+            return int(size())
+        if hasattr(model, "encode"):
+            return len(model.encode(["one text"])[0])  # type: ignore[operator]
+        return int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
     def _work(self, model: Any, dataset: Any, **options: Any) -> Work:
         if not isinstance(model, nn.Module):
@@ -136,7 +140,7 @@ class _Texts:
         if self._tokenizer is None:
             encoded = self._model.encode(texts)  # type: ignore[operator]
             return torch.as_tensor(encoded), [1] * len(texts)
-        longest = getattr(self._model.config, "max_position_embeddings", None)
+        longest = _longest_text(self._model, self._tokenizer)
         inputs = self._tokenizer(
             texts, padding=True, truncation=longest is not None, max_length=longest, return_tensors="pt"
         ).to(device_of(self._model))
@@ -145,6 +149,17 @@ class _Texts:
         total = torch.einsum("bt,btd->bd", mask, hidden.to(torch.float32))
         # A text without a token is undefined.
         return total / mask.sum(dim=1, keepdim=True), mask.sum(dim=1).long().tolist()
+
+
+def _longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens an encoder takes; None where there is no end. RoBERTa counts positions from behind padding."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            positions = table.num_embeddings - table.padding_idx - 1
+    return min(int(positions), tokenizer.model_max_length)
 
 
 class SimilarityMethod(PoolScore):
@@ -211,6 +226,7 @@ class SimilarityMethod(PoolScore):
 
         if path is not None and Path(path).is_dir() and not resume and any(Path(path).iterdir()):
             raise UserError(f"{path} holds these scores already: resume, or choose another directory")
+        refuse_other_scores(None if path is None else Path(path), BY_TARGETS, self.name)
         targets, pool = features("targets", self._encoded), features("pool", dataset)
         similar = TargetSimilarities(pool, targets, center=self._center)
         scores = target_scores(similar, pool, targets, method=self.name, reduction=self._reduction)

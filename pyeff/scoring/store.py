@@ -253,6 +253,19 @@ def _joined(parts: Sequence[pa.Table], path: Path | None) -> Scores:
     return Scores(pa.concat_tables(parts).sort_by("index").combine_chunks(), path)
 
 
+def refuse_other_scores(path: Path | None, table: str, method: str) -> None:
+    """Raise `UserError` where a ``table`` beside directories would replace or be hidden by other scores."""
+    if path is None:
+        return
+    if (path / HEADER).exists():
+        raise UserError(f"{path} holds scores or features already: choose another directory")
+    found = Scores(_read_table(path / table)[0]).method if (path / table).is_file() else method
+    if found != method and not found.startswith(f"{method} (mean of "):
+        raise UserError(
+            f"{path} holds scores of another method ({found!r} there, {method!r} here): choose another directory"
+        )
+
+
 def header_of(directory: Path, what: str) -> dict[str, Any] | None:
     """The header of a directory of scores, or of features; None where there is none."""
     file = directory / HEADER

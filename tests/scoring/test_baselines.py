@@ -137,7 +137,7 @@ def test_rds_plus_leaves_features_for_round_robin_and_goes_on_after_an_interrupt
     chosen = [features[0].ids[row] for row in round_robin(similar, 3)]
     assert len(set(chosen)) == 3
     assert per_sample(similar)[np.argsort(features[0].index)].tolist() == whole.values.tolist()
-    with pytest.raises(UserError, match="another dataset"):
+    with pytest.raises(UserError, match="another method"):
         RDSPlus(encoded(3, seed=6)).score(model, encoded(), path=tmp_path / "cut", **options)
     with pytest.raises(UserError, match="holds these scores already"):
         RDSPlus(targets).score(model, encoded(), path=tmp_path / "cut", resume=False, **options)
@@ -264,13 +264,37 @@ def test_an_encoder_with_a_way_of_its_own_is_asked_for_embeddings() -> None:
         def encode(self, texts: list[str]) -> np.ndarray:
             return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
+    class Sized(Own):
         def get_sentence_embedding_dimension(self) -> int:
             return 2
 
-    values = EmbeddingSimilarity(pool()[:1]).score(Own(), pool(), progress=False, dtype="float32").values
     rows = np.array([[len("\n".join(text)), 1.0] for text in TEXTS])
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    np.testing.assert_allclose(values, unit @ unit[0], atol=16 * np.finfo(np.float32).eps)
+    for model in (Own(), Sized()):
+        values = EmbeddingSimilarity(pool()[:1]).score(model, pool(), progress=False, dtype="float32").values
+        np.testing.assert_allclose(values, unit @ unit[0], atol=16 * np.finfo(np.float32).eps)
+
+
+def test_a_text_is_cut_to_what_an_encoder_takes_that_counts_positions_from_behind_its_padding() -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = RobertaModel(RobertaConfig(**sizes, intermediate_size=24, max_position_embeddings=8, pad_token_id=1)).eval()
+    long = Sample("long", "word " * 30, "answer", "a")
+    values = EmbeddingSimilarity(goals()).score(model, [long], tokenizer=tokenizer(), progress=False).values
+    assert np.isfinite(values).all()
+
+
+def test_a_table_beside_directories_replaces_and_hides_no_other_scores(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokenizer": tokenizer(), "path": tmp_path / "s", "progress": False}
+    first = EmbeddingSimilarity(goals()).score(encoder(), pool(), **options)
+    with pytest.raises(UserError, match="holds scores of another method"):
+        EmbeddingSimilarity(goals(), center=True).score(encoder(), pool(), **options)
+    assert read_scores(tmp_path / "s").values.tolist() == first.values.tolist()
+    RandomScore().score(None, pool(), path=tmp_path / "random", progress=False)
+    with pytest.raises(UserError, match="holds scores or features already"):
+        EmbeddingSimilarity(goals()).score(encoder(), pool(), **{**options, "path": tmp_path / "random"})
 
 
 def test_names_tell_variants_and_targets_apart() -> None:
