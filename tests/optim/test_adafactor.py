@@ -68,6 +68,16 @@ def test_eps_of_none_is_that_of_fp32_as_torch_has_it_for_fp32_weights() -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, named, strict=True))
 
 
+def test_the_size_of_a_large_parameter_is_its_size() -> None:
+    """torch adds squares up in fp32, on a CPU one after the other: 1 % is lost here, and more in larger ones."""
+    p = nn.Parameter(torch.full((2**24,), 1.37))
+    p.grad = torch.full_like(p, 3.0)
+    before = p[0].item()
+    Adafactor8bit([p], lr=1e-2).step()  # U is 1
+    # Roundings of p, and of the four factors of the step.
+    assert abs(before - p[0].item() - 1e-2 * before) <= EPS * before + 1e-2 * before * 8 * EPS
+
+
 def formula(
     x: Tensor, states: dict[str, Tensor], g: Tensor, t: int, options: dict[str, Any], *, m: Tensor | None = None
 ) -> Tensor:
