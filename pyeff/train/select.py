@@ -332,11 +332,14 @@ def _apply(
     if config.rule in ("top_k", "boltzmann") and k < usable.sum() and np.ptp(values[usable]) == 0:
         raise UserError(f"all samples have the score {values[usable][0]:g}: there is nothing to choose by")
     ranked = np.where(usable, ranked, np.nan)
+    if config.rule == "boltzmann":
+        # One draw of the pool, of which each source gives the first: drawn apart by one seed, sources would draw alike.
+        drawn = boltzmann(ranked, len(ranked), temperature=config.temperature, seed=config.seed)
+        ranked = np.full(len(ranked), np.nan)
+        ranked[drawn] = -np.arange(len(drawn))
     if config.rule in ("top_k", "boltzmann", "random"):
 
         def choose(members: NDArray[np.int64], quota: int) -> NDArray[np.int64]:
-            if config.rule == "boltzmann":
-                return boltzmann(ranked[members], quota, temperature=config.temperature, seed=config.seed)
             return top_k(ranked[members], quota)
 
         if config.quotas is None:

@@ -154,6 +154,31 @@ def test_sources_give_their_quotas(tmp_path, world) -> None:
         assert {name: kept for name, (kept, _) in report["by_source"].items()} == counts
 
 
+def test_sources_with_equal_scores_are_not_drawn_alike(tmp_path, world) -> None:
+    pool = world["data"]["pool"]
+    rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
+    texts = "".join(json.dumps({**row, "source": "ab"[i < N // 2]}) + "\n" for i, row in enumerate(rows))
+    (tmp_path / "pool.jsonl").write_text(texts)
+    # The sources are the halves of the pool, which are scored alike.
+    halves = np.tile(np.linspace(0.0, 1.0, N // 2), 2)[:, None]
+    write_features(tmp_path / "values", halves, [s.id for s in load_samples(JsonlSource(**pool))])
+    write_features(tmp_path / "one", np.ones((1, 1)), ["t"])
+    changes = {
+        "features": str(tmp_path / "values"),
+        "targets": str(tmp_path / "one"),
+        "cosine": False,
+        "data": {"pool": pool},
+    }
+    settings = of_features(tmp_path, world, **changes, rule="boltzmann", quotas="balanced", k=2, temperature=10.0)
+    alike = 0
+    for seed in range(8):
+        assert select(tmp_path, {**settings, "seed": seed}, "--force") == 0
+        first, second = (int(name.rpartition(":")[2]) for name in chosen(tmp_path))
+        alike += abs(first - second) == N // 2
+    # Independent draws are alike once in about twelve: all eight, once in 12^8.
+    assert alike < 8
+
+
 def test_what_the_holdout_asks_is_left_out_and_a_target_in_the_holdout_refused(tmp_path, world, capsys) -> None:
     holdout = write_jsonl(tmp_path / "holdout.jsonl", [f"question {i}" for i in range(20)])
     data = {**world["data"], "holdout": holdout}
