@@ -17,6 +17,9 @@ from pyeff.selection.targets import check_k
 # k-means learns its centres from so many points a centre, as faiss does; more change little and cost in proportion.
 _POINTS_PER_CENTRE = 256
 
+# From here, in units of what was learned from, all centres are equally far in doubles; and squares do not overflow.
+_FARTHEST = 2.0**300
+
 
 def quotas(counts: ArrayLike, k: int, *, how: str = "balanced") -> IntArray:
     """How many of ``k`` samples each group of so many members gives, int64 [groups]; they add up to ``k``.
@@ -134,8 +137,11 @@ def kmeans(features: ArrayLike | ScoreMatrix, clusters: int, *, iterations: int 
         raise ValueError(f"clusters is {clusters}, but only {len(finite)} samples are finite")
     draw = generator(seed)
     drawn = draw.permutation(finite)[: clusters * _POINTS_PER_CENTRE]
-    start = matrix.rows(drawn[:clusters]).astype(np.float64)
     points = matrix.rows(np.sort(drawn)).astype(np.float64)
+    # SciPy reads memory that is not its own where a squared distance overflows. Powers of two change no other result.
+    scale = -int(np.frexp(np.abs(points).max())[1])
+    points = np.ldexp(points, scale)
+    start = np.ldexp(matrix.rows(drawn[:clusters]).astype(np.float64), scale)
     with warnings.catch_warnings():
         # An empty cluster keeps its centre.
         warnings.simplefilter("ignore", UserWarning)
@@ -144,7 +150,9 @@ def kmeans(features: ArrayLike | ScoreMatrix, clusters: int, *, iterations: int 
     for first, block in matrix.blocks():
         good = np.isfinite(block).all(axis=1)
         if good.any():
-            nearest, _ = vq(block[good].astype(np.float64), centres)
+            with np.errstate(over="ignore"):
+                near = np.clip(np.ldexp(block[good].astype(np.float64), scale), -_FARTHEST, _FARTHEST)
+            nearest, _ = vq(near, centres)
             labels[first : first + len(block)][good] = nearest
     return labels
 

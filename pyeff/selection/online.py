@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,7 @@ def greats(candidates: Any, targets: Any, k: int, *, lr: float) -> BatchChoice:
     rows, goal, usable = _gradients(candidates, targets, k, lr)
     first, gram = lr * (rows @ goal), lr * lr * (rows @ rows.T)
 
-    def best(values: FloatArray, step: int) -> int:
-        return int(np.argmax(values))
-
-    indices, values = _greedy(first, gram, usable, k, best)
+    indices, values = _greedy(first, gram, usable, k, lambda values, step: values)
     method = f"GREATS (greedy, pairwise term with identity Hessian, lr {lr:g})"
     return BatchChoice(indices, values, method, _flops(rows), time.perf_counter() - started)
 
@@ -122,8 +119,9 @@ def opus(
     spread = float(first[usable].std()) if standardize and usable.any() else 1.0
     noise = generator(seed).gumbel(size=(k, len(rows)))
 
-    def drawn(values: FloatArray, step: int) -> int:
-        return int(np.argmax(values / (temperature * (spread or 1.0)) + noise[step]))
+    def drawn(values: FloatArray, step: int) -> FloatArray:
+        perturbed: FloatArray = values / (temperature * (spread or 1.0)) + noise[step]
+        return perturbed
 
     indices, values = _greedy(first, gram, usable, k, drawn)
     unit = "standard deviations" if standardize else "units of utility"
@@ -166,6 +164,8 @@ def colm(
     labels = np.asarray(sources)
     if labels.shape != (len(rows),):
         raise ValueError(f"sources must be one for each of {len(rows)} samples, got {labels.shape}")
+    if isinstance(keep_sources, str):  # whose letters are a collection too
+        raise TypeError(f"keep_sources must be a list of sources, got the string {keep_sources!r}")
     if coordinates is not None and coordinates < 1:
         raise ValueError(f"coordinates must be at least 1, got {coordinates}")
     usable = np.asarray(np.isfinite(rows).all(axis=1))
@@ -197,16 +197,21 @@ def colm(
 
 
 def _greedy(
-    first: FloatArray, gram: FloatArray, usable: NDArray[np.bool_], k: int, pick: Any
+    first: FloatArray,
+    gram: FloatArray,
+    usable: NDArray[np.bool_],
+    k: int,
+    rank: Callable[[FloatArray, int], FloatArray],
 ) -> tuple[IntArray, FloatArray]:
-    """Take ``k`` one by one; what is taken lowers the values of the others by its row of ``gram``."""
-    values = np.where(usable, first, -np.inf)
+    """Take ``k`` one by one, each the largest by ``rank``; it lowers the others' values by its row of ``gram``."""
+    values, free = first, np.flatnonzero(usable)
     taken, reached = np.empty(k, dtype=np.int64), np.empty(k)
     for step in range(k):
-        chosen = pick(values, step)
+        # Among the free alone: a value that overflowed may be as low as any mark of what is taken.
+        place = int(np.argmax(rank(values, step)[free]))
+        chosen = free[place]
         taken[step], reached[step] = chosen, values[chosen]
-        values = values - gram[chosen]
-        values[chosen] = -np.inf
+        values, free = values - gram[chosen], np.delete(free, place)
     return taken, reached
 
 
@@ -232,8 +237,12 @@ def _check_count(k: int, usable: NDArray[np.bool_]) -> None:
 
 
 def _rows(name: str, given: Any) -> FloatArray:
-    # A tensor on a GPU, or one that requires a gradient, is no array.
-    rows = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given, dtype=np.float64)
+    if hasattr(given, "detach"):  # a tensor on a GPU, in bfloat16, or one that requires a gradient, is no array
+        given = given.detach().cpu()
+        given = given.double() if given.is_floating_point() else given
+    if np.iscomplexobj(given):
+        raise TypeError(f"{name} must be real numbers, got complex ones")
+    rows = np.asarray(given, dtype=np.float64)
     if rows.ndim != 2:
         raise ValueError(f"{name} must be [samples, numbers], got shape {rows.shape}")
     return rows

@@ -47,6 +47,8 @@ def top_k(values: ArrayLike, k: int) -> IntArray:
     [2, 0]
     """
     array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"values must be [samples], got {array.shape}")
     check_k(k)
     order = np.argsort(-array, kind="stable")
     return order[~np.isnan(array[order])][:k].astype(np.int64)

@@ -58,6 +58,19 @@ def test_the_pairwise_term_keeps_greats_from_taking_a_sample_twice() -> None:
     assert greats(rows, [[1.0, 1.0]], 2, lr=0.25).indices.tolist() == [0, 2]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("rule", [greats, opus])
+def test_no_sample_is_taken_twice_even_where_products_overflow(rule: Any) -> None:
+    rows = np.full((6, 3), 1e200)
+    assert sorted(rule(rows, rows[:1], 6, lr=1.0).indices.tolist()) == list(range(6))
+
+
+def test_gradients_in_bfloat16_are_taken_as_they_are() -> None:
+    rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = greats(rows.double().numpy(), rows[:2].double().numpy(), 3, lr=0.1)
+    assert greats(rows, rows[:2], 3, lr=0.1).indices.tolist() == wanted.indices.tolist()
+
+
 def test_opus_draws_with_the_probabilities_of_its_utilities() -> None:
     rows, goals, temperature, draws = gradients(4, 2), gradients(1, 2, seed=9), 0.7, 4000
     first, gram = LR * rows @ goals[0], LR**2 * rows @ rows.T
@@ -196,3 +209,11 @@ def test_a_bad_argument_is_named(call: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call(rows, goals)
     assert 5 not in greats(rows, goals, 7, lr=LR).indices
+
+
+def test_what_is_no_list_of_sources_or_no_real_number_is_named() -> None:
+    with pytest.raises(TypeError, match="keep_sources must be a list of sources, got the string 'web'"):
+        colm(gradients(3), ["web", "web", "sum"], 1, keep_sources="web")
+    for rows in (gradients(3) * 1j, torch.ones(3, 2, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="candidates must be real numbers"):
+            greats(rows, gradients(1), 1, lr=LR)

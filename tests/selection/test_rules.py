@@ -129,6 +129,12 @@ def test_kmeans_finds_clusters_far_apart_and_leaves_out_what_is_undefined():
     assert np.bincount(truth[balanced(found[0], 30, seed=0)]).tolist() == [4, 9, 8, 9]
 
 
+@pytest.mark.parametrize("scale", [-600, 600])
+def test_kmeans_of_numbers_whose_squares_leave_the_range_of_doubles_is_that_of_others(scale):
+    rows = np.random.default_rng(0).normal(size=(40, 3))
+    assert kmeans(np.ldexp(rows, scale), 4).tolist() == kmeans(rows, 4).tolist()
+
+
 def test_kmeans_balanced_repeats_itself_and_takes_the_best_of_each_cluster():
     x = np.random.default_rng(4).normal(size=(300, 3))
     values = np.arange(300.0)
@@ -187,6 +193,7 @@ def test_a_cold_draw_is_the_top():
         (lambda: kmeans_balanced([[1.0], [2.0]], 3, clusters=1), ValueError, "k is 3, but there are 2"),
         (lambda: boltzmann([1.0], 1, temperature=0.0), ValueError, "temperature must be"),
         (lambda: boltzmann([np.inf], 1), ValueError, "must not be .inf"),
+        (lambda: top_k([[1.0], [2.0]], 1), ValueError, r"values must be \[samples\]"),
         (lambda: uniform(3, 1, seed=-1), ValueError, "seed must be"),
         (lambda: uniform(3, 1, seed=0.5), TypeError, "seed must be an int"),
     ],
