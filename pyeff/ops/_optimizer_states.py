@@ -237,6 +237,8 @@ def state_shapes(
     ]
 
 
-def fits(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+def fits(state: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """What the kernels rely on and do not check."""
+    if not isinstance(state, Tensor):
+        return False
     return state.dtype is dtype and state.shape == shape and state.device == device and state.is_contiguous()

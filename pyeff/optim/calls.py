@@ -66,6 +66,7 @@ class Plans:
         calls: dict[torch.device, _Rows] = {}
         names = self.optimizer._names(group)
         state_of = self.optimizer.state
+        looked_at = 1 if self.optimizer._directed is None else len(names)
         for i, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None or (only is not None and i != only):
@@ -101,14 +102,17 @@ class Plans:
             rows.grads.append(grad)
             rows.shard_groups.append(groups)
             # What must not change while a plan is in use: where weights lie, which tensors the states are, and where,
-            # of which the first answers for all: to ask each takes a sixth of a step of small parameters.
+            # of which the first answers for all: to ask each takes a sixth of a step of small parameters. (Of a
+            # direction it takes nothing, and the plan holds on to the memory of the others.)
             states = [state.get(name) for name in names]
             try:
                 address = p.data_ptr()
             except RuntimeError:  # a wrapper's
                 check_memory([p], "a parameter")
                 raise
-            rows.key.append((address, p.dtype, p.shape, p.stride(), states[0] is None or place(states[0])))
+            rows.key.append(
+                (address, p.dtype, p.shape, p.stride(), *(s is None or place(s) for s in states[:looked_at]))
+            )
             rows.states.append(states)
         return [
             Call(group, device, self._plan(index, group, device, rows, only), rows.shard_groups)

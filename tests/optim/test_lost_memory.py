@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyeff.ops import OptimizerRule, OptimizerStates, global_norm, optimizer_step
-from pyeff.optim import AdamW8bit, Optimizer8bit
+from pyeff.optim import AdamW8bit, Muon8bit, Optimizer8bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 SIZE = 300
@@ -107,6 +107,31 @@ def test_a_parameter_or_state_without_memory_is_refused(what: str) -> None:
     # A state is looked at when a plan is made; the first of each parameter in every step.
     optimizer._forget_plans()
     assert_refused(params, optimizer, f"{what} of .* has no memory")
+
+
+@pytest.mark.parametrize("name", ["momentum_buffer_code", "momentum_buffer_scale", "master"])
+def test_a_smaller_state_in_the_place_of_one_is_refused(name: str) -> None:
+    p = nn.Parameter(torch.zeros(4, SIZE, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    optimizer = Muon8bit([p], master="fp32")
+    optimizer.step()
+    state = optimizer.state[p]
+    state[name].data = state[name][:1].clone()
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="were made for another shape"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_memory_of_a_state_that_got_another_stays_until_the_plan_goes() -> None:
+    params, optimizer = stepped()
+    state = optimizer.state[params[0]]["exp_avg_sq_code"]
+    place = state.data_ptr()
+    state.data = torch.zeros_like(state)
+    others = [torch.full_like(state, 7) for _ in range(100)]
+    optimizer.step()
+    assert state.data_ptr() != place
+    assert all(x.data_ptr() != place and (x == 7).all() for x in others), "the step wrote into memory of others"
 
 
 @pytest.mark.parametrize("master", ["stochastic", "fp32"])
