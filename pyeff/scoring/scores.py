@@ -72,11 +72,17 @@ class Scores:
         return float(np.sum(self.table["seconds"].to_numpy()))
 
     def write(self, path: str | Path) -> None:
-        """Write the table to one Parquet file, in one step."""
+        """Write the table to one Parquet file, in one step.
+
+        Raises `UserError` where it cannot be written; what was there stays.
+        """
         from pyeff._files import write_atomic
 
         parquet = arrow("parquet")
-        write_atomic(Path(path), lambda file: parquet.write_table(self.table, file, write_page_checksum=True))
+        try:
+            write_atomic(Path(path), lambda file: parquet.write_table(self.table, file, write_page_checksum=True))
+        except OSError as error:
+            raise UserError(f"scores cannot be written to {path} ({error.strerror or error})") from error
 
 
 def average(scores: Iterable[Scores]) -> Scores:

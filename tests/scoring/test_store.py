@@ -276,6 +276,11 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.M
         score(tmp_path / "s")
 
 
+def test_a_table_that_cannot_be_written_is_said_in_a_sentence(parts: Path) -> None:
+    with pytest.raises(UserError, match="scores cannot be written to"):
+        read_scores(parts).write(parts / "nowhere" / "all.parquet")
+
+
 def test_a_table_is_written_to_one_file_and_read_again(parts: Path, tmp_path: Path) -> None:
     scores = read_scores(parts)
     scores.write(tmp_path / "all.parquet")
