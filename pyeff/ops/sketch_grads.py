@@ -180,6 +180,10 @@ class Sketch:
             raise TypeError(f"named_tensors must map names to tensors, got {type(named_tensors).__name__}")
         if not named_tensors:
             raise ValueError("named_tensors is empty: there is nothing to sketch")
+        if isinstance(batch_dims, bool) or not isinstance(batch_dims, int):
+            raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
+        if batch_dims < 0:
+            raise ValueError(f"batch_dims must not be negative, got {batch_dims}")
         total: Tensor | None = None
         batch: torch.Size | None = None
         for name, tensor in named_tensors.items():
@@ -192,7 +196,8 @@ class Sketch:
                 )
             batch = tensor.shape[:batch_dims]
             direction = None if directions is None else directions.get(name)
-            found = self.of(name, tensor.reshape(-1, *tensor.shape[batch_dims:]), direction=direction, impl=impl)
+            samples = tensor.reshape(math.prod(batch), *tensor.shape[batch_dims:])
+            found = self.of(name, samples, direction=direction, impl=impl)
             total = found if total is None else total + found.to(total.device)
         assert total is not None
         assert batch is not None
@@ -211,7 +216,7 @@ class Sketch:
             direction = None if direction is None else direction.viewed(rows, columns)
             return sketch_grads(matrices, self, name, direction=direction, impl=impl)
         # A vector: whole rows, and the rest of it as a row of fewer columns.
-        flat, whole = grads.reshape(grads.shape[0], -1), math.prod(shape) // columns
+        flat, whole = grads.reshape(grads.shape[0], math.prod(shape)), math.prod(shape) // columns
         total: Tensor | None = None
         for begin, n, width in ((0, whole, columns), (whole * columns, 1, math.prod(shape) - whole * columns)):
             if n == 0 or width == 0:

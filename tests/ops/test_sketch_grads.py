@@ -158,6 +158,12 @@ def test_batches_vectors_and_names_are_one_map() -> None:
     assert not torch.equal(other, whole)
 
 
+def test_parameters_without_elements_and_batches_without_samples_sketch_to_nothing() -> None:
+    sketch, weight = pyeff.Sketch(16), torch.ones(2, 3)
+    assert torch.equal(sketch({"w": weight, "none": torch.ones(0, 3), "no": torch.ones(0)}), sketch({"w": weight}))
+    assert sketch({"w": torch.ones(0, 2, 3), "b": torch.ones(0, 3), "s": torch.ones(0)}, batch_dims=1).shape == (0, 16)
+
+
 def test_a_vector_is_rows_of_64_and_a_kernel_of_convolution_one_row_an_output() -> None:
     assert matrix_shape((130,)) == (3, 64)
     assert matrix_shape((4, 5, 6)) == (20, 6)
@@ -282,6 +288,8 @@ def test_torch_accepts_the_operator() -> None:
         (lambda: pyeff.Sketch(4)({}), ValueError, "named_tensors"),
         (lambda: pyeff.Sketch(4)([torch.ones(2)]), TypeError, "named_tensors"),
         (lambda: pyeff.Sketch(4)({"a": torch.ones(2), "b": torch.ones(3)}, batch_dims=1), ValueError, "batch"),
+        (lambda: pyeff.Sketch(4)({"a": torch.ones(2)}, batch_dims=-1), ValueError, "batch_dims"),
+        (lambda: pyeff.Sketch(4)({"a": torch.ones(2)}, batch_dims=0.5), TypeError, "batch_dims"),
         (lambda: pyeff.sketch_grads(torch.ones(2, 3), pyeff.Sketch(4), "w"), ValueError, "grads"),
         (lambda: pyeff.sketch_grads(torch.ones(1, 2, 3).int(), pyeff.Sketch(4), "w"), TypeError, "grads"),
         (lambda: pyeff.sketch_grads(torch.ones(1, 2, 3), 4, "w"), TypeError, "sketch"),
