@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -127,10 +127,11 @@ class FeatureStore(PartStore):
             raise ValueError(f"features must be [{len(ids)}, {self._dim}], a row for each id, got {rows.shape}")
         count = len(ids)
         places = _numbers("index", range(len(self._known), len(self._known) + count) if index is None else index, count)
-        spent = shares(int(flops), [1] * count) if np.ndim(flops) == 0 else _numbers("flops", flops, count)
-        took = (
-            [seconds / max(1, count)] * count if np.ndim(seconds) == 0 else _numbers("seconds", seconds, count, float)
-        )
+        spent = _numbers("flops", flops, count) if isinstance(flops, Sized) else shares(int(flops), [1] * count)
+        if isinstance(seconds, Sized):
+            took = _numbers("seconds", seconds, count, float)
+        else:
+            took = [float(seconds) / max(1, count)] * count
         # Checked apart: a batch that is refused leaves no ids behind.
         own: set[SampleId] = set()
         plain = refuse_bad_ids(ids, own)
