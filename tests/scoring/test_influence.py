@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,12 +216,15 @@ def test_an_interrupted_scoring_goes_on_and_rules_choose_from_what_it_leaves(tmp
     groups = [sample.source for sample in TARGETS.samples]
     assert per_sample(matrix, groups=groups)[np.argsort(matrix.index)].tolist() == whole.values.tolist()
     assert len(set(round_robin(matrix, 3).tolist())) == 3
+    shutil.copytree(tmp_path / "cut", tmp_path / "features")
+    (tmp_path / "features" / "scores.parquet").unlink()
     for other, words in (
         (LESS(TARGETS, sketch=pyeff.Sketch(192, seed=6)), "another sketch"),
         (LESS(encoded(3, seed=6), sketch=SKETCH), "another dataset"),
     ):
-        with pytest.raises(UserError, match=words):
-            other.score(states("llama"), POOL, path=tmp_path / "cut", **options)
+        for place, reason in (("cut", "another method"), ("features", words)):
+            with pytest.raises(UserError, match=reason):
+                other.score(states("llama"), POOL, path=tmp_path / place, **options)
     with pytest.raises(UserError, match="another states"):
         less.score(states("llama", (1e-3, 1e-4)), POOL, path=tmp_path / "cut", **options)
     with pytest.raises(UserError, match="holds these scores already"):
