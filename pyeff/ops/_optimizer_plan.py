@@ -45,7 +45,7 @@ class StepPlan:
             check_memory(self.grads, "a gradient")
             return
         # Whose addresses are kept, and whose `.data` may be assigned meanwhile: the memory must not go.
-        self.lists = [[x.detach() for x in one] for one in self.lists]
+        self._memory = [x.untyped_storage() for one in self.lists for x in one]
         # The kernels read flat memory; what is not flat is copied before a step, and a parameter copied back after it.
         self._flat_params = [p if _is_flat(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params]
         self._copied_params = [(p, flat) for p, flat in zip(params, self._flat_params, strict=True) if p is not flat]
