@@ -195,7 +195,7 @@ def check_memory(tensors: Sequence[Tensor], what: str) -> None:
             if t.data_ptr() >= LOW_ADDRESS or t.numel() == 0:
                 continue
             lost = t.untyped_storage().data_ptr() == 0
-        except RuntimeError:  # NotImplementedError is one
+        except RuntimeError:  # what has no storage to ask: fake tensors, wrappers (theirs is a NotImplementedError)
             lost = True
         if lost:
             raise ValueError(

@@ -169,13 +169,18 @@ def test_a_value_is_coded_to_one_of_its_two_neighbours(x: float) -> None:
         assert below <= decoded <= above
 
 
+def slack_of_a_third() -> int:
+    """How far encoding may miss the bits of t, by the roundings of a third."""
+    one, eps = 0x3F800000, torch.finfo(torch.float32).eps
+    # Of B(r) and of its third to fp32, of the constant 1/3, of the sum to 2^8, of 2/3 B(1).
+    constant = abs(torch.tensor(1 / 3).double().item() * 3 - 1)
+    return math.ceil(one * eps / 3 + one / 3 * (eps + constant) + 2**7 + 2 * one / 3 - 0x2A555500)
+
+
 def test_second_moment_goes_to_the_nearest_code_in_the_measure_of_its_bits() -> None:
     """Between two codes the border is at the middle of t, where B(r) = 3 B(t) - 2 B(1), to the roundings of a third."""
-    one, eps = 0x3F800000, torch.finfo(torch.float32).eps
+    one, slack = 0x3F800000, slack_of_a_third()
     middle = ((torch.arange(255) + 1.5) / 256).view(torch.int32).long()
-    # In bits of t: of B(r) and of its third to fp32, of the constant 1/3, of the sum to 2^8, of 2/3 B(1).
-    constant = abs(torch.tensor(1 / 3).double().item() * 3 - 1)
-    slack = math.ceil(one * eps / 3 + one / 3 * (eps + constant) + 2**7 + 2 * one / 3 - 0x2A555500)
     assert 8 * slack < 2**16, "a code is 2^16 wide"
     for side, expected in ((-1, torch.arange(255)), (1, torch.arange(1, 256))):
         r = (3 * (middle + side * slack) - 2 * one).to(torch.int32).view(torch.float32)
@@ -191,8 +196,7 @@ def test_second_moment_is_rounded_up_with_the_probability_of_what_is_cut_off() -
     codes, _ = encode_root(torch.cat([r, torch.ones(1)]).expand(4096, -1), 1.0, offsets)
     assert (codes[:, -1] == 255).all(), "the largest keeps its code whatever is drawn"
     codes = codes[:, :-1]
-    # Of a code: the bits of t are found to 2^8 of its last place, so to half of that and some more.
-    third = 1 / 64
+    third = slack_of_a_third() / 2**16  # in codes, which are as wide or wider in bits
     assert (codes >= (parts - third).floor()).all()
     assert (codes <= (parts + third).ceil()).all()
     # Below the middle of code 3 and the next all is rounded up to it.
