@@ -52,7 +52,6 @@ class Setup:
         sources: number of examples of each source (domain) of the pool, by name.
         eval_flops: of one evaluation of the anchors.
         seed: of the run; a policy that draws random numbers draws them from it.
-        control: whether control batches will be measured where a policy asks for them; False where that depends.
     """
 
     budget: float
@@ -60,7 +59,6 @@ class Setup:
     sources: Mapping[str, int] = field(default_factory=dict)
     eval_flops: float = 0.0
     seed: int = 0
-    control: bool = False
 
 
 @dataclass(slots=True)
@@ -83,6 +81,8 @@ class View:
         source_losses: mean training loss of each source since the last check; a source not drawn is absent.
         source_counts: examples (or tokens) drawn of each source since the last check.
         advantage: what the control batches say of the selection; None without them.
+        control_cost: what measuring them would take until the end after a selection made now, beyond what checks take
+            now; None where they would not be measured.
         batch: batch size and gradient noise scale; None unless needed.
         drift: readings of drift detectors since the last check.
         finite: whether every training loss was.
@@ -105,6 +105,7 @@ class View:
     source_losses: Mapping[str, float] = field(default_factory=dict)
     source_counts: Mapping[str, float] = field(default_factory=dict)
     advantage: Advantage | None = None
+    control_cost: float | None = None
     batch: BatchSize | None = None
     drift: Sequence[DriftReading] = ()
     finite: bool = True

@@ -195,7 +195,6 @@ def simulate(
                 sources=dict(zip(SOURCES, worlds.shares[i].tolist(), strict=True)),
                 eval_flops=EVAL_FLOPS,
                 seed=seed,
-                control=True,
             )
         )
         for i, seed in enumerate(worlds.seeds)
@@ -266,6 +265,7 @@ def simulate(
                 source_losses={} if sources is None else dict(zip(SOURCES, sources[i].tolist(), strict=True)),
                 source_counts=dict(zip(SOURCES, state.drawn[i].tolist(), strict=True)),
                 advantage=reading,
+                control_cost=0.0,
                 branch=branch,
                 branches=known[i],
             )

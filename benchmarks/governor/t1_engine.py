@@ -130,6 +130,7 @@ class Engine:
                 source_losses={n: float(losses[k] / counts[k]) for k, n in enumerate(names) if counts[k] > 0},
                 source_counts={n: float(counts[k]) for k, n in enumerate(names)},
                 advantage=state.reading,
+                control_cost=self._control_cost(state, root),
                 finite=state.finite,
                 branch=state.branch,
                 branches=dict(known),
@@ -341,12 +342,25 @@ class Engine:
         state.refreshes += 1
         branch.scored_at = state.spent
         branch.direction = None
-        # As many samples of the target as a hundredth of the budget lets the arm look at until the end.
-        looks = max((self.budget - state.spent) / (0.05 * self.budget), 1.0)
-        affordable = int(_CONTROL_SHARE * self.budget / looks / self.task.train_flops)
-        if control and affordable >= _FEWEST_TARGETS:
+        if control and (samples := self._affordable_targets(state)):
             branch.control = control
-            self._look_at_target(state, branch, affordable)
+            self._look_at_target(state, branch, samples)
+
+    def _affordable_targets(self, state: State) -> int:
+        """As many samples of the target as a hundredth of the budget lets the arm look at until the end; 0: too few."""
+        looks = max((self.budget - state.spent) / (0.05 * self.budget), 1.0)
+        samples = int(_CONTROL_SHARE * self.budget / looks / self.task.train_flops)
+        return samples if samples >= _FEWEST_TARGETS else 0
+
+    def _control_cost(self, state: State, root: Root) -> float | None:
+        """What the control arm of a selection made now would add to what the checks take; None where there is none."""
+        samples = self._affordable_targets(state)
+        if not samples:
+            return None
+        direction = state.branches[state.branch].direction
+        running = 0 if direction is None else int(direction[1])
+        checks = math.ceil(max((1 - root.cooldown) * self.budget - state.spent, 0.0) / (root.check_every * self.budget))
+        return float(max(samples * (checks + 1) - running * checks, 0) * self.task.train_flops)
 
     def _look_at_target(self, state: State, branch: Branch, samples: int) -> None:
         target = self.data.target[:samples]

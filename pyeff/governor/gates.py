@@ -98,7 +98,7 @@ def blocked_actions(
     else:
         closed = {}
         for selector in observation.selectors or (Selector(None, observation.refresh_cost),):
-            reason = over_cap(observation, config, selector.cost, room)
+            reason = over_cap(observation, config, selector.cost, room - observation.control_cost)
             if selector.cost >= left:
                 reason = f"it costs {amount(selector.cost)} and {amount(left)} is left before the cooldown"
             if reason is not None:

@@ -176,6 +176,8 @@ class Observation:
         drift: readings of detectors D1 to D4 since the previous check.
         control: whether a control arm will measure what a selection is worth. A first one then need not wait for a gain
             to be compared with.
+        control_cost: what that arm would spend after a selection made now, until the cooldown, beyond ``check_cost``;
+            the cap keeps it before a selection is offered.
         problem: why this check could not be measured, as words to follow a colon; nothing is then decided on it.
 
     Raises ValueError for amounts that are negative or not finite, an unknown unit, and anchors that do not
@@ -207,6 +209,7 @@ class Observation:
     problem: str | None = None
     check_cost: float = 0.0
     control: bool = False
+    control_cost: float = 0.0
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -216,7 +219,7 @@ class Observation:
             if isinstance(value, bool) or value != int(value) or value < 0:
                 raise ValueError(f"{name} must be a whole number and not negative, got {value!r}")
         amounts = ("spent", "budget", "spent_before", "refresh_cost", "cooldown_cost", "scored_at")
-        for name in (*amounts, "overhead", "check_cost", "price"):
+        for name in (*amounts, "overhead", "check_cost", "control_cost", "price"):
             value = getattr(self, name)
             if value is None and name in ("scored_at", "price"):
                 continue
@@ -281,7 +284,7 @@ _OFFERS: dict[str, Any] = {"selectors": Selector, "arms": Arm, "memory_modes": M
 # And what they are where they are not offered.
 _OPTIONAL: dict[str, Any] = {name: [] for name in (*_OFFERS, "clusters")}
 _OPTIONAL |= dict.fromkeys(("price", "selector", "batch", "advantage", "problem"))
-_OPTIONAL |= {"overhead": 0.0, "check_cost": 0.0, "control": False}
+_OPTIONAL |= {"overhead": 0.0, "check_cost": 0.0, "control": False, "control_cost": 0.0}
 _ALWAYS = object()
 
 

@@ -103,10 +103,20 @@ class ControlArm:
         config = self._job.config
         return self._state.active and is_control_batch(step, fraction=config.control_share, seed=config.seed)
 
+    def _looks_price(self, checks_left: int) -> float:
+        """Of one look right after a selection made now, and one at every check to come."""
+        return self._job.meter.price("probe", flops=self.probe_flops) * (checks_left + 1)
+
+    def cost(self, *, checks_left: int) -> float:
+        """What a selection made now would spend on looks, beyond those that the checks to come take anyway."""
+        if self.hindrance(checks_left=checks_left):
+            return 0.0
+        return self._looks_price(checks_left) - self.price * checks_left
+
     def hindrance(self, *, checks_left: int) -> str:
         """Why a selection made now could not be measured until the end; empty if it can."""
         job = self._job
-        price = job.meter.price("probe", flops=self.probe_flops) * (checks_left + 1)
+        price = self._looks_price(checks_left)
         if job.config.control_share == 0:
             return "control_share is 0"
         if not all(self._halves):

@@ -265,6 +265,7 @@ class _Run:
         now = self._evaluate("anchors")
         drift = self.course.control.look()
         cooldown = self._cooldown_amount() + self._final_reserve()
+        checks_left = self._checks_left(cooldown)
         observation = Observation(
             step=state.steps,
             spent=meter.spent,
@@ -282,7 +283,8 @@ class _Run:
             overhead=max(meter.ledger.overhead_spent(meter.unit) - batches.tally.spent(meter.unit), 0.0),
             check_cost=self._check_price(),
             price=self.config.parsed_price,
-            control=not self.course.control.hindrance(checks_left=self._checks_left(cooldown)),
+            control=not self.course.control.hindrance(checks_left=checks_left),
+            control_cost=self.course.control.cost(checks_left=checks_left),
             advantage=self.course.control.reading(),
             drift=() if drift is None else (drift,),
         )

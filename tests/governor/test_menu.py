@@ -158,6 +158,14 @@ def test_the_cap_keeps_what_the_checks_to_come_will_cost():
     assert "leaves 2.8" in GovernorPolicy(config).decide(seen).blocked["REFRESH"]
 
 
+def test_the_cap_keeps_what_the_control_arm_of_a_selection_will_cost():
+    config = dataclasses.replace(QUICK, overhead_cap=0.05)
+    seen = observe(overhead=1.0, refresh_cost=3.0, control=True, control_cost=1.0)
+    assert GovernorPolicy(config).decide(seen).action is Action.REFRESH
+    seen = dataclasses.replace(seen, control_cost=1.25)
+    assert "leaves 2.75" in GovernorPolicy(config).decide(seen).blocked["REFRESH"]
+
+
 def batch(size, noise, **options):
     return BatchSize(size, noise, noise / 1.2, noise * 1.2, **options)
 

@@ -81,6 +81,7 @@ def wild_runs(draw):
                 problem=draw(PROBLEM),
                 check_cost=draw(st.floats(0, 0.01)) * budget,
                 control=draw(st.booleans()),
+                control_cost=draw(st.floats(0, 0.01)) * budget,
             )
         )
         before, before_at = now, spent
