@@ -15,7 +15,7 @@ from pyeff.scoring.pool import answer_scores
 
 if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
-    from pyeff.governor import TransformerShape
+    from pyeff.scoring.model_costs import ModelCosts
 
 
 class EL2N(ScoreMethod):
@@ -68,6 +68,6 @@ class EL2N(ScoreMethod):
         rows = last_hidden_state(model, batch)[where.positions]
         return answer_scores(rows, weight, where, bias=bias, softcap=softcap, reduction=self._reduction).el2n
 
-    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
+    def read_flops(self, model: nn.Module, costs: ModelCosts, work: BatchWork) -> int:
         """FLOPs of the forward pass."""
-        return work.forward(shape)
+        return work.of(costs.forward)

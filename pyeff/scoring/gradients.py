@@ -19,7 +19,7 @@ from pyeff.scoring.work import Digest
 
 if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
-    from pyeff.governor import TransformerShape
+    from pyeff.scoring.model_costs import ModelCosts
 
 
 class GradientSketches(FeatureMethod):
@@ -116,9 +116,9 @@ class GradientSketches(FeatureMethod):
             backward_of_answers(seen, model, batch, where, self._reduction)
         return torch.where((where.cu_seqlens.diff() > 0)[:, None], seen.sketches, torch.nan)
 
-    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
+    def read_flops(self, model: nn.Module, costs: ModelCosts, work: BatchWork) -> int:
         """FLOPs of a forward and backward pass with the head at answer tokens; a sketch adds none."""
-        return work.of(shape.train_cost())
+        return work.of(costs.train)
 
 
 def _moments_fingerprint(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> str:

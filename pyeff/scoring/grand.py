@@ -24,7 +24,7 @@ from pyeff.scoring.method import ScoreMethod
 
 if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
-    from pyeff.governor import TransformerShape
+    from pyeff.scoring.model_costs import ModelCosts
 
 
 class GraNd(ScoreMethod):
@@ -87,15 +87,17 @@ class GraNd(ScoreMethod):
             backward_of_answers(seen, model, batch, where, self._reduction)
         return undefined_if_empty(seen.grad_norms, where.cu_seqlens)
 
-    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:
+    def read_flops(self, model: nn.Module, costs: ModelCosts, work: BatchWork) -> int | None:
         """FLOPs of the passes and of the norms, which take the place of the weights' gradients."""
+        if costs.adapters:
+            return None
         matrices = layer_matrices(model)
-        head = (shape.hidden_size, shape.vocab_size)
+        head = (costs.shape.hidden_size, costs.shape.vocab_size)
         answers = sum(work.answers)
-        total = work.of(shape.train_cost()) - 2 * answers * head[0] * head[1]
+        total = work.of(costs.train) - 2 * answers * head[0] * head[1]
         total -= sum(2 * work.tokens * d * p for d, p in matrices)
         total += sum(weight_norms_flops(work.lengths, d, p) for d, p in matrices)
         total += weight_norms_flops(work.answers, *head)
-        if shape.tied_embeddings:  # the product of the head's gradient with the embedding's
+        if costs.shape.tied_embeddings:  # the product of the head's gradient with the embedding's
             total += sum(2 * t * a * head[0] for t, a in zip(work.lengths, work.answers, strict=True))
         return total

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pyeff.data.samples import EncodedSample, EncodedSamples, Sample, encode
 from pyeff.errors import UserError
-from pyeff.governor.flops import Cost, TransformerShape
+from pyeff.governor.flops import Cost
 from pyeff.scoring.flops import flop_counter
-from pyeff.scoring.language_model import check_head, check_packing, shape_of_model, without_adapters
+from pyeff.scoring.language_model import check_head, check_packing, without_adapters
+from pyeff.scoring.model_costs import costs_of
 from pyeff.scoring.scores import SampleId
 from pyeff.scoring.work import Digest, ScoredBatch, device_of, refuse_bad_ids, rows_of, texts_fingerprint
 
@@ -48,10 +49,6 @@ class BatchWork:
     def of(self, cost: Cost) -> int:
         """FLOPs of a pass of this cost; packed tokens are multiplied pair by pair, masked or not."""
         return cost(self.tokens, self.tokens**2, sum(self.answers))
-
-    def forward(self, shape: TransformerShape) -> int:
-        """FLOPs of a forward pass with the head at answer tokens."""
-        return shape.forward(self.tokens, attention_pairs=self.tokens**2, head_tokens=sum(self.answers))
 
 
 def is_language_data(dataset: Any) -> bool:
@@ -107,7 +104,7 @@ class LanguageScoring:
         self._packed = pack(self._samples, range(len(self._samples)), max_tokens=batch_tokens, window=PACKING_WINDOW)
         self._batch_tokens = batch_tokens
         self.samples, self.batches = len(self._samples), len(self._packed)
-        self._shape = _trained_shape(model)
+        self._costs = costs_of(model)
         check_packing(model)
         method.prepare(model)
 
@@ -130,7 +127,7 @@ class LanguageScoring:
             batch = self._packed[number].to(self.device)
             where = label_positions(batch)
             work = BatchWork(self._packed[number].cu_seqlens.diff().tolist(), where.cu_seqlens.diff().tolist())
-            flops = None if self._shape is None else method.read_flops(self.model, self._shape, work)
+            flops = None if self._costs is None else method.read_flops(self.model, self._costs, work)
             if flops is None:
                 with flop_counter() as counter:
                     scores = method.read(self.model, batch, where)
@@ -194,13 +191,3 @@ def _encoded(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> Encoded
     if not all(isinstance(sample, Sample) for sample in given):
         raise TypeError("dataset must hold samples of one kind: Sample, EncodedSample or sources")
     return encode(given, tokenizer, max_tokens=sys.maxsize)
-
-
-def _trained_shape(model: nn.Module) -> TransformerShape | None:
-    """The matrices of a model whose every parameter is trained; None where formulas do not fit."""
-    if not all(parameter.requires_grad for parameter in model.parameters()):
-        return None
-    try:
-        return shape_of_model(without_adapters(model))
-    except UserError:
-        return None

@@ -176,8 +176,11 @@ def shape_of_model(model: PreTrainedModel) -> TransformerShape:
     head = model.get_output_embeddings()
     if not isinstance(intermediate, int) or not stacks or head is None:
         raise refusal
-    # Matrices only: norms, biases and the like are not counted.
-    matrices = {sum(p.numel() for p in stack.parameters() if p.ndim >= 2) for stack in stacks}
+    # Matrices only: norms, biases, adapters and the like are not counted.
+    matrices = {
+        sum(p.numel() for name, p in stack.named_parameters() if p.ndim >= 2 and ".lora_" not in name)
+        for stack in stacks
+    }
     for gated in (True, False):
         shape = TransformerShape(
             layers=layers,

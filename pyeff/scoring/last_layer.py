@@ -26,7 +26,7 @@ from pyeff.scoring.method import ScoreMethod
 
 if TYPE_CHECKING:
     from pyeff.data import LabelPositions, PackedBatch
-    from pyeff.governor import TransformerShape
+    from pyeff.scoring.model_costs import ModelCosts
 
 
 class LastLayerGraNd(ScoreMethod):
@@ -97,10 +97,10 @@ class LastLayerGraNd(ScoreMethod):
         # Rounding in a difference of Gram matrices can pass below zero.
         return undefined_if_empty(norms_sq.clamp(min=0).sqrt(), where.cu_seqlens)
 
-    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
+    def read_flops(self, model: nn.Module, costs: ModelCosts, work: BatchWork) -> int:
         """FLOPs of the forward pass, of the softmax formed again and of the norms."""
-        d, v = shape.hidden_size, shape.vocab_size
-        return work.forward(shape) + 2 * sum(work.answers) * d * v + weight_norms_flops(work.answers, d, v)
+        d, v = costs.shape.hidden_size, costs.shape.vocab_size
+        return work.of(costs.forward) + 2 * sum(work.answers) * d * v + weight_norms_flops(work.answers, d, v)
 
 
 @contextmanager

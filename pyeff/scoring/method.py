@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pyeff.data import LabelPositions, PackedBatch
-    from pyeff.governor import TransformerShape
+    from pyeff.scoring.model_costs import ModelCosts
 
 
 class Method(ABC):
@@ -171,8 +171,8 @@ class BatchMethod(Method):
         """
         raise UserError(f"{self.name} reads classifiers, and this data set is a language model's")
 
-    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int | None:
-        """FLOPs of `read` by formula, for a dense model trained in full; None to have every batch counted by torch."""
+    def read_flops(self, model: nn.Module, costs: ModelCosts, work: BatchWork) -> int | None:
+        """FLOPs of `read` by formula, for a dense model; None to have every batch counted by torch."""
         return None
 
     def _work(

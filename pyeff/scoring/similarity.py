@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pyeff.data import LabelPositions, PackedBatch
-    from pyeff.governor import TransformerShape
+    from pyeff.scoring.model_costs import ModelCosts
 
 
 class HiddenStates(FeatureMethod):
@@ -65,9 +65,9 @@ class HiddenStates(FeatureMethod):
             return answer_embeddings(hidden, batch.cu_seqlens)
         return answer_embeddings(hidden[where.positions], where.cu_seqlens)
 
-    def read_flops(self, model: nn.Module, shape: TransformerShape, work: BatchWork) -> int:
+    def read_flops(self, model: nn.Module, costs: ModelCosts, work: BatchWork) -> int:
         """FLOPs of the forward pass without the head."""
-        return shape.forward(work.tokens, attention_pairs=work.tokens**2, head_tokens=0)
+        return costs.forward(work.tokens, work.tokens**2, 0)
 
 
 class TextEmbeddings(FeatureMethod):

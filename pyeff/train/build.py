@@ -11,22 +11,8 @@ from pyeff.data import EncodedSample, pack_one
 from pyeff.errors import UserError
 from pyeff.governor import TransformerShape
 from pyeff.scoring.language_model import packed_inputs, without_adapters
+from pyeff.scoring.model_costs import LINEARS_OF_MODULE
 from pyeff.train.config import LoRAConfig, OptimizerConfig
-
-# Names of the matrices in `pyeff.governor.flops` by what the modules are called in transformers.
-_LINEAR_OF_MODULE = {
-    **{f"{name}_proj": (name,) for name in ("q", "k", "v", "o", "gate", "up", "down")},
-    "qkv_proj": ("q", "k", "v"),
-    "gate_up_proj": ("gate", "up"),
-    "out_proj": ("o",),
-    "c_attn": ("q", "k", "v"),
-    "query_key_value": ("q", "k", "v"),
-    "c_fc": ("up",),
-    "fc1": ("up",),
-    "fc2": ("down",),
-    "dense_h_to_4h": ("up",),
-    "dense_4h_to_h": ("down",),
-}
 
 
 def own_memory(model: nn.Module) -> nn.Module:
@@ -66,13 +52,13 @@ def lora_linears(model: nn.Module, shape: TransformerShape) -> set[str]:
     names = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
     if not names:
         raise UserError("lora.target_modules: adapters are only trained on linear layers, and none is among these")
-    unknown = sorted(name for name in names if name not in _LINEAR_OF_MODULE)
+    unknown = sorted(name for name in names if name not in LINEARS_OF_MODULE)
     if unknown:
         raise UserError(
             f"lora.target_modules: the FLOPs of an adapter on {unknown[0]!r} are not known; "
-            f"known are {', '.join(sorted(_LINEAR_OF_MODULE))}"
+            f"known are {', '.join(sorted(LINEARS_OF_MODULE))}"
         )
-    return {linear for name in names for linear in _LINEAR_OF_MODULE[name]} & set(shape.linears)
+    return {linear for name in names for linear in LINEARS_OF_MODULE[name]} & set(shape.linears)
 
 
 def recompute_activations(model: Any) -> None:

@@ -146,7 +146,7 @@ def test_rds_plus_leaves_features_for_round_robin_and_goes_on_after_an_interrupt
 def test_features_cost_a_forward_pass_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"batch_tokens": 16, "progress": False}
     by_formula = HiddenStates().features(model_named("llama", torch.float32), encoded(), **options)
-    monkeypatch.setattr(language, "_trained_shape", lambda model: None)
+    monkeypatch.setattr(language, "costs_of", lambda model: None)
     counted = HiddenStates().features(model_named("llama", torch.float32), encoded(), **options)
     assert by_formula.flops == counted.flops > 0
     targets = encoded(3, seed=5)

@@ -140,7 +140,7 @@ def test_tracin_is_its_definition_one_sample_at_a_time() -> None:
 def test_features_cost_a_forward_and_a_backward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, method = model_named(name, torch.float32), GradientSketches(SKETCH)
     by_formula = method.features(model, POOL, **OPTIONS)
-    monkeypatch.setattr(language, "_trained_shape", lambda model: None)
+    monkeypatch.setattr(language, "costs_of", lambda model: None)
     counted = method.features(model, POOL, **OPTIONS)
     assert by_formula.flops == counted.flops > 0
 

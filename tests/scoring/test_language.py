@@ -116,7 +116,7 @@ def test_flops_by_formula_are_those_torch_counts(
 ) -> None:
     data = samples()
     by_formula = score(method, model_named(name, torch.float32), data)
-    monkeypatch.setattr(language, "_trained_shape", lambda model: None)
+    monkeypatch.setattr(language, "costs_of", lambda model: None)
     counted = score(method, model_named(name, torch.float32), data)
     assert by_formula.flops == counted.flops > 0
 
