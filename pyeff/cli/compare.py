@@ -11,6 +11,7 @@ from typing import Any
 from pyeff.cli.record import Point, RunRecord, flatten
 from pyeff.cli.units import Scale, duration, loss_text, percent
 from pyeff.errors import UserError
+from pyeff.governor.budget import format_amount
 
 # A run of constant rate bends little within a tenth of its budget; across more than that a straight line between two
 # evaluations would be an invention.
@@ -203,7 +204,7 @@ def _headline(
     if difference is None or math.isnan(difference):
         return (
             f"Which run is better cannot be told: both did not evaluate the holdout at equal spending ({spent}). "
-            "Compare runs of the same budget."
+            f"{_remedy(first, second, at)}"
         )
     selected = [bool(r.of("select")) for r in (first, second)]
     size = f"{loss_text(abs(difference))} nats"
@@ -217,6 +218,14 @@ def _headline(
         paid = selected[better]
         return f"Selection {'paid' if paid else 'did not pay'}: {result}"
     return result[0].upper() + result[1:]
+
+
+def _remedy(first: RunRecord, second: RunRecord, at: float) -> str:
+    """What would let runs be compared that spent different amounts."""
+    if first.budget != second.budget:
+        return "Compare runs of the same budget."
+    budget = format_amount(at, first.unit)
+    return f"One of them ended early: give the other the budget that it used (--budget '{budget}')."
 
 
 def _names(first: RunRecord, second: RunRecord) -> tuple[str, str]:

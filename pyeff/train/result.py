@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pyeff.errors import UserError
-from pyeff.governor import paired_gain
+from pyeff.governor import format_amount, paired_gain
 from pyeff.train.config import RunConfig
 from pyeff.train.evaluate import summarize_losses
 from pyeff.train.job import Job
@@ -81,8 +81,9 @@ def ending(
     before, after = summarize_losses(state.holdout_before), summarize_losses(holdout)
     scatter = config.governor_config.trajectory_log_sd
     paid, why = selection_paid(state.first_refresh, anchors, spent=meter.spent, log_scatter=scatter)
+    spent = format_amount(meter.spent, meter.budget.unit)
     sentence = (
-        f"{state.steps} steps and {meter.budget} took the holdout loss from {before.loss:.3f} to "
+        f"{state.steps} steps and {spent} took the holdout loss from {before.loss:.3f} to "
         f"{after.loss:.3f} (gain {gain.mean:.3f} ± {gain.standard_error:.3f})"
     )
     answered = None
@@ -122,7 +123,8 @@ def selection_paid(
     if first is None:
         return None, "The pool was never scored, so selection neither cost nor paid anything."
     gain = paired_gain(first.anchors, anchors)
-    since = f"Since the selection the anchor loss fell by {gain.mean:.3f} ± {gain.standard_error:.3f}"
+    moved = "rose" if gain.mean < 0 else "fell"
+    since = f"Since the selection the anchor loss {moved} by {abs(gain.mean):.3f} ± {gain.standard_error:.3f}"
     if first.trend is None:
         return None, f"{since}; what it would have done without cannot be told from the few checks before."
     low, high = Trend(*first.trend).expected(first.trained, spent - first.trained)

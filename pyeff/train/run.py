@@ -316,7 +316,8 @@ class _Run:
         state.phase = "cooldown"
         state.cooldown_start = meter.spent
         state.cooldown_end = meter.spent + (min(self._cooldown_amount(), left) if early else left)
-        state.reason = "training stopped paying" if early else "the budget is spent"
+        stopped = "the anchors got worse" if self.config.price is None else "training stopped paying"
+        state.reason = stopped if early else "the budget is spent"
 
     # ---- evaluation
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from pyeff.cli.compare import compare_runs, notes, rows, write_comparison
 from pyeff.cli.record import load_run
 from pyeff.errors import UserError
+from pyeff.governor import Budget
 
 
 def edited(run, change):
@@ -90,6 +92,20 @@ def test_runs_of_unequal_budgets_are_not_compared_at_unequal_spending(make_run):
     assert compared.difference is None
     assert "cannot be told" in compared.headline
     assert "n/a" in [row[1] for row in rows(compared) if row[0].startswith("holdout loss at")]
+    assert compared.headline.endswith("Compare runs of the same budget.")
+
+
+def test_a_run_that_ended_early_names_the_budget_to_compare_it_at(make_run):
+    def early(event):
+        event["spent"] /= 2
+
+    compared = compare_runs(load_run(make_run("a")), edited(make_run("b", policy="uniform"), early))
+    assert compared.difference is None
+    given = re.search(r"--budget '(.+)'", compared.headline)
+    assert given is not None
+    ended = Budget.parse(given[1])
+    assert ended.unit == "flops"
+    assert ended.amount == pytest.approx(compared.second.spent, rel=0.01)
 
 
 def test_close_evaluations_are_interpolated_on_a_line(make_run):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyeff.data import label_positions
-from pyeff.governor.control import is_control_batch
+from pyeff.governor import Budget, format_amount, is_control_batch
 from pyeff.governor.log import replay
 from pyeff.train import checkpoint, run
 from pyeff.train.config import parse_config
@@ -161,3 +161,14 @@ def test_a_price_ends_a_run_that_no_longer_returns_it(config):
     )
     assert priced.steps < free.steps
     assert priced.reason == "training stopped paying"
+    # What it says it took is what it took, not what it was given.
+    assert f"{priced.steps} steps and {format_amount(priced.end['spent'], 'tokens')} took" in priced.end["sentence"]
+
+
+def test_a_run_with_nothing_at_a_price_says_that_the_anchors_ended_it(config):
+    """Anchors that must be shown to gain at every check: the first that is not ends the plateau."""
+    governor = {"overfit_checks": 1, "confidence": 1e-6}
+    wild = config(budget="60k tokens", governor=governor, optimizer={"lr": 1.0, "states": "32bit"})
+    result = train_run(wild)
+    assert result.end["spent"] < Budget.parse("60k tokens").amount / 2
+    assert result.reason == "the anchors got worse"

@@ -423,6 +423,7 @@ def test_a_run_claims_of_its_selection_only_what_lies_outside_both_extrapolation
     claim, sentence = selection_paid(first, [loss - fall for loss in before], spent=4.0, log_scatter=math.log(1.25))
     assert claim is paid
     assert ("cannot be told" in sentence) == (paid is None)
+    assert f"the anchor loss {'rose' if fall < 0 else 'fell'} by {abs(fall):.3f} ±" in sentence
 
 
 def test_a_run_without_a_selection_or_without_a_trend_claims_nothing():
