@@ -46,18 +46,26 @@ class _Columns(_SourceModel):
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     source_column: str | None = Field(default=None, description="column that names each sample's origin")
+    id_column: str | None = Field(
+        default=None, description="column of the samples' own ids, text or whole numbers; by default NAME:ROW"
+    )
     limit: int | None = Field(default=None, gt=0, description="read at most this many rows")
 
+    @property
+    def _columns(self) -> list[str]:
+        """The columns that are read."""
+        named = (self.prompt_column, self.answer_column, self.source_column, self.id_column)
+        return [column for column in named if column is not None]
+
     def _sample(self, row: dict[str, Any], where: str, sample_id: str, origin: str) -> Sample:
-        columns = [self.prompt_column, self.answer_column]
-        if self.source_column is not None:
-            columns.append(self.source_column)
         values = []
-        for column in columns:
+        for column in self._columns:
             if column not in row:
                 found = ", ".join(map(str, row)) or "none"
                 raise UserError(f'{where}: there is no column "{column}"; the columns are: {found}')
             value = row[column]
+            if column == self.id_column and isinstance(value, int) and not isinstance(value, bool):
+                value = str(value)
             if not isinstance(value, str):
                 raise UserError(
                     f'{where}: column "{column}" should be text, but holds {_short_repr(value)} '
@@ -70,16 +78,21 @@ class _Columns(_SourceModel):
             except UnicodeEncodeError as error:
                 raise UserError(f'{where}: column "{column}" holds half a surrogate pair, which is no text') from error
             values.append(value)
-        return Sample(sample_id, values[0], values[1], values[2] if self.source_column else origin)
+        prompt, answer, *more = values
+        source = more.pop(0) if self.source_column else origin
+        return Sample(more[0] if self.id_column else sample_id, prompt, answer, source)
 
     def _read_rows(self, rows: Iterator[tuple[str, dict[str, Any]]], origin: str, name: str) -> list[Sample]:
         samples: list[Sample] = []
+        seen: dict[str, str] = {}
         count = 0
         for where, row in rows:
             if self.limit is not None and count == self.limit:
                 break
             sample = self._sample(row, where, f"{origin}:{count}", origin)
             count += 1
+            if seen.setdefault(sample.id, where) != where:
+                raise UserError(f"{where}: the id {_short_repr(sample.id)} is that of {seen[sample.id]} too")
             if self._short(sample):
                 samples.append(sample)
         if not samples:
@@ -89,7 +102,7 @@ class _Columns(_SourceModel):
 
 
 class JsonlSource(_Columns):
-    """One JSON object a line. Blank lines are passed over; samples are numbered in the order of the rows."""
+    """One JSON object a line. Blank lines are passed over; without ``id_column`` samples are numbered row by row."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: Path
@@ -145,10 +158,10 @@ class ParquetSource(_Columns):
 
         try:
             with pq.ParquetFile(_existing(self.path)) as file:
-                wanted = {self.prompt_column, self.answer_column, self.source_column}
+                wanted = set(self._columns)
                 present = file.schema_arrow.names
                 # A missing column is reported by the row that lacks it, with the columns that exist.
-                columns = [c for c in present if c in wanted] if wanted - {None} <= set(present) else present
+                columns = [c for c in present if c in wanted] if wanted <= set(present) else present
                 number = 0
                 for batch in file.iter_batches(columns=columns):
                     for row in batch.to_pylist():

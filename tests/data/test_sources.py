@@ -53,6 +53,37 @@ def test_a_source_is_named_after_its_file_and_other_columns_can_be_chosen(tmp_pa
     assert (sample.prompt, sample.answer, sample.source, sample.id) == ("a?", "b", "quiz", "quiz:0")
 
 
+def test_ids_may_come_from_a_column_and_follow_their_rows(tmp_path: Path) -> None:
+    rows = [{**row, "name": f"q{i}" if i % 2 else i} for i, row in enumerate(ROWS)]
+    moved = rows[::-1]
+    read = [
+        load_samples(JsonlSource(path=write_jsonl(tmp_path / f"{i}.jsonl", order), id_column="name", limit=6))
+        for i, order in enumerate((rows, moved))
+    ]
+    assert [s.id for s in read[0]] == ["0", "q1", "2", "q3", "4", "q5"]
+    assert {s.id: s.prompt for s in read[0]} == {s.id: s.prompt for s in read[1]}
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "p.parquet")
+    both = load_samples(ParquetSource(path=tmp_path / "p.parquet", id_column="prompt", source_column="family"))
+    assert [(s.id, s.source) for s in both[:2]] == [("0 + 1 =", "even"), ("1 + 1 =", "odd")]
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        ({}, r'line 2: there is no column "name"'),
+        ({"name": "a"}, r"line 2: the id 'a' is that of .*line 1 too"),
+        ({"name": ""}, r'line 2: column "name" is empty'),
+        ({"name": None}, r'line 2: column "name" should be text, but holds None'),
+        ({"name": True}, r'line 2: column "name" should be text, but holds True'),
+        ({"name": 1.5}, r'line 2: column "name" should be text, but holds 1.5'),
+    ],
+)
+def test_a_row_without_an_id_of_its_own_is_named(tmp_path: Path, second: dict[str, Any], sentence: str) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{**ROWS[0], "name": "a"}, {**ROWS[1], **second}])
+    with pytest.raises(UserError, match=sentence):
+        load_samples(JsonlSource(path=path, id_column="name"))
+
+
 def test_blank_lines_and_a_byte_order_mark_are_no_error(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}')
