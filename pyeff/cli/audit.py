@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pyeff.cli.units import Scale, plural
 from pyeff.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,24 +55,43 @@ def audited(path: Path) -> RenderableType:
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     found = audit_decisions(decisions)
-    table = Table(title="Rates of gain, nats per unit of the budget", title_justify="left")
+    per, unit = _unit(decisions)
+    table = Table(title=f"Rates of gain, nats per {unit}", title_justify="left")
     for title in ("step", "decision", "predicted", "90 % interval", "realised", "covered"):
         table.add_column(title, justify="left" if title in ("decision", "covered") else "right")
     for item in found.outcomes:
         interval = (
-            "not calibrated yet" if item.low is None or item.high is None else f"{item.low:.3g} to {item.high:.3g}"
+            "not calibrated yet"
+            if item.low is None or item.high is None
+            else f"{per * item.low:.3g} to {per * item.high:.3g}"
         )
         covered = {None: "", True: "yes", False: "no"}[item.covered]
-        table.add_row(str(item.step), item.action, f"{item.predicted:.3g}", interval, f"{item.realised:.3g}", covered)
-    return Group(table, Text(_sentence(found)))
+        predicted, realised = f"{per * item.predicted:.3g}", f"{per * item.realised:.3g}"
+        table.add_row(str(item.step), item.action, predicted, interval, realised, covered)
+    return Group(table, Text(audit_sentence(found)))
 
 
-def _sentence(found: Audit) -> str:
+def _unit(decisions: Sequence[Decision]) -> tuple[float, str]:
+    """What rates of gain are given per, so that they are readable: (amount of the budget's unit, its name)."""
+    try:
+        seen = decisions[0].inputs["observation"]
+        scale = Scale.of(seen["unit"], float(seen["budget"]))
+    except (IndexError, KeyError, TypeError, ValueError):
+        return 1.0, "unit of the budget"
+    return scale.divisor, scale.name
+
+
+def audit_sentence(found: Audit) -> str:
+    """What an audit says in words."""
     if not found.outcomes:
         return "No decision made a promise that a later check could judge."
-    sentence = f"{len(found.outcomes)} promises were judged, {found.unjudged} decisions made none or were the last."
+    promised = sum(item.predicted > 0 for item in found.outcomes)
+    sentence = f"{plural(len(found.outcomes), 'promise')} could be judged by a later check"
+    sentence += f", {plural(found.unjudged, 'decision')} made none or had none after."
     if found.median_ratio is not None:
-        sentence += f" The median gain was {found.median_ratio:.2f} times what was predicted."
+        sentence += (
+            f" {promised} promised a gain; what followed was {found.median_ratio:.2f} times as much in the median."
+        )
     if found.coverage is None or found.coverage_interval is None:
         return sentence + " No interval was calibrated: that takes nine outcomes."
     low, high = found.coverage_interval

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pyeff.cli import plots
+from pyeff.cli.audit import audit_sentence
+from pyeff.cli.promises import audit_of, promises
 from pyeff.cli.record import RunRecord, batch_selection_text, estimate_text, flatten, observation
 from pyeff.cli.units import Scale, duration, loss_text, number, percent, plural
 from pyeff.cli.verdict import verdict
@@ -73,6 +75,8 @@ def write_report(record: RunRecord) -> Path:
         draw.__name__: plots.png(draw, record)
         for draw in (plots.overview, plots.loss, plots.budget, plots.samples, plots.decisions)
     }
+    if audit_of(record).outcomes:
+        pictures[promises.__name__] = plots.png(promises, record)
     page = record.path / "report.html"
     try:
         (record.path / "plots").mkdir(exist_ok=True)
@@ -85,7 +89,7 @@ def write_report(record: RunRecord) -> Path:
 
 
 def render(record: RunRecord, pictures: dict[str, bytes]) -> str:
-    """The page as text; `pictures` are the PNG files by name (overview, samples, decisions)."""
+    """The page as text; `pictures` are the PNG files by name (overview, samples, decisions, promises)."""
     judged = verdict(record)
     model = record.start["model"]
     title = f"{record.name}: {judged.headline}"
@@ -103,6 +107,7 @@ def render(record: RunRecord, pictures: dict[str, bytes]) -> str:
         _samples(record, pictures),
         "<h2>Every decision</h2>",
         _decisions(record, pictures),
+        _promises(record, pictures),
         _answers(record),
         _warnings(record),
         "<h2>How this run was made</h2>",
@@ -334,6 +339,17 @@ def _decisions(record: RunRecord, pictures: dict[str, bytes]) -> str:
     header = ["step", "spent", "action", "why", "worth against CONTINUE, as training", "measured"]
     return picture(pictures["decisions"], "Every decision on the time line of the budget") + table(
         header, rows, numeric=[0, 1], classes=classes
+    )
+
+
+def _promises(record: RunRecord, pictures: dict[str, bytes]) -> str:
+    drawn = pictures.get(promises.__name__)
+    if drawn is None:
+        return ""
+    return (
+        "<h2>Promised and measured gains</h2>"
+        + picture(drawn, "Each decision's promised rate of gain and the one that the next check measured")
+        + f"<p>{esc(audit_sentence(audit_of(record)))}</p>"
     )
 
 

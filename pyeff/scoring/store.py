@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -127,8 +128,9 @@ class PartStore(ABC):
     def _refuse_another(self, found: dict[str, Any]) -> None:
         for key, own in self._header.items():
             if found.get(key) != own:
+                where, there, here = _first_difference(key, found.get(key), own)
                 raise UserError(
-                    f"{self.path} holds {self.what} of another {key} ({found.get(key)!r} there, {own!r} here): "
+                    f"{self.path} holds {self.what} of another {where} ({there} there, {here} here): "
                     "choose another directory"
                 )
         if not self._resume:
@@ -264,6 +266,16 @@ def refuse_other_scores(path: Path | None, table: str, method: str) -> None:
         raise UserError(
             f"{path} holds scores of another method ({found!r} there, {method!r} here): choose another directory"
         )
+
+
+def _first_difference(name: str, there: Any, here: Any) -> tuple[str, str, str]:
+    """Where two parts of headers first differ, as `name.part`, and what stands there in few words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*here, *there]:
+            if there.get(key) != here.get(key):
+                return _first_difference(f"{name}.{key}", there.get(key), here.get(key))
+    first, second = ("nothing" if value is None else reprlib.repr(value) for value in (there, here))
+    return name, first, second
 
 
 def header_of(directory: Path, what: str) -> dict[str, Any] | None:

@@ -90,7 +90,8 @@ class SelectConfig(_Strict):
     reduction: Literal["max", "mean", "sum"] = "max"
     quotas: Literal["balanced", "proportional"] | dict[str, int] | None = None
     temperature: float = Field(default=1.0, gt=0)
-    clusters: int = Field(default=100, ge=1)
+    # S2L's hundred where not given, or as many as samples are chosen if these are fewer.
+    clusters: int | None = Field(default=None, ge=1)
     # Of the pool, that a subset is to cover where there are no targets; all pairs of a large pool are too many.
     represented: int = Field(default=4096, ge=1)
     epsilon: float = Field(default=0.01, gt=0, lt=1)
@@ -350,8 +351,9 @@ def _apply(
         return rows.tolist(), values
     assert pool.features is not None
     if config.rule == "kmeans_balanced":
-        labels = np.where(usable, kmeans(pool.features, config.clusters, seed=config.seed), -1)
-        pool.flops += kmeans_flops(*pool.features.shape, config.clusters)
+        clusters = min(100, k) if config.clusters is None else config.clusters
+        labels = np.where(usable, kmeans(pool.features, clusters, seed=config.seed), -1)
+        pool.flops += kmeans_flops(*pool.features.shape, clusters)
         return balanced(
             labels, k, values=ranked if pool.values is not None else None, seed=config.seed
         ).tolist(), values

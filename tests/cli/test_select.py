@@ -99,6 +99,7 @@ def test_the_best_are_written_with_their_texts_and_the_selection_is_not_made_twi
         ("facility_location", {"targets": None}),
         ("stochastic_greedy", {"targets": None, "represented": 10}),
         ("kmeans_balanced", {"targets": None, "clusters": 3}),
+        ("kmeans_balanced", {"targets": None}),
         ("round_robin", {"targets": None}),
     ],
 )
