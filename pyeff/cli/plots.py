@@ -213,7 +213,7 @@ def decisions(record: RunRecord) -> Figure:
         )
     axes.set_yticks(range(len(lanes)), lanes, color=INK)
     axes.set_ylim(-0.6, len(lanes) - 0.4)
-    axes.set_xlim(0, _right_edge(record, scale))
+    axes.set_xlim(0, right_edge(record, scale))
     axes.set_xlabel(scale.axis_label)
     y = bottom - 0.58 / height
     for note in notes:
@@ -304,7 +304,7 @@ def _loss(axes: Axes, record: RunRecord) -> None:
     ceiling = 1.3 * top  # room above the curves for the marks of the decisions
     _decision_marks(axes, record, scale, ceiling)
     axes.set_ylim(0, ceiling)
-    axes.set_xlim(-0.012 * _right_edge(record, scale), _right_edge(record, scale))
+    axes.set_xlim(-0.012 * right_edge(record, scale), right_edge(record, scale))
     axes.set_xlabel(scale.axis_label)
     axes.set_ylabel("loss (nats per answer token)")
     if steps or anchors or holdout:
@@ -465,7 +465,8 @@ def _decision_headline(made: Sequence[Event]) -> str:
     return f"{len(made)} decision{'s' if len(made) != 1 else ''}: {listed}"
 
 
-def _right_edge(record: RunRecord, scale: Scale) -> float:
+def right_edge(record: RunRecord, scale: Scale) -> float:
+    """Where the axis of what was spent ends."""
     return 1.02 * max(record.budget if record.end is None else record.spent, record.spent) / scale.divisor
 
 
