@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ from pyeff._files import write_text_atomic
 from pyeff.governor import Action, Decision, Governor
 
 _STATE = "governor.json"
+
+
+@dataclass
+class _Epoch:
+    """What an epoch began with, how many indices were drawn, and each selection made with how many there were then."""
+
+    passes: int = 0
+    selected: list[int] | None = None
+    drawn: int = 0
+    changes: list[tuple[int, list[int] | None]] = field(default_factory=list)
 
 
 class GovernedSampler(Sampler[int]):
@@ -48,7 +59,8 @@ class GovernedSampler(Sampler[int]):
         self.seed = seed
         self.selected: list[int] | None = None
         self._passes = 0
-        self._version = 0
+        self._epoch = _Epoch()
+        self._again = False
 
     def select(self, indices: Sequence[int] | None) -> None:
         """Draw from these indices from now on (repeats weigh more); None draws from all again."""
@@ -59,35 +71,60 @@ class GovernedSampler(Sampler[int]):
             if not all(0 <= index < self.size for index in chosen):
                 raise ValueError(f"indices must lie between 0 and {self.size - 1}")
         self.selected = None if indices is None else chosen
-        self._version += 1
+        self._epoch.changes.append((self._epoch.drawn, self.selected))
 
     def __len__(self) -> int:
         """The length of an epoch: always that of the dataset, so that the Trainer's count of steps stands."""
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        drawn = 0
-        while drawn < self.size:
-            version = self._version
-            pool = self.selected if self.selected is not None else range(self.size)
+        if not self._again:
+            self._epoch = _Epoch(self._passes, self.selected)
+        epoch, self._again = self._epoch, False
+        self._passes, epoch.drawn = epoch.passes, 0
+        selected, seen = epoch.selected, 0
+        while epoch.drawn < self.size:
+            pool: Sequence[int] = selected if selected is not None else range(self.size)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._passes)
             self._passes += 1
             for at in torch.randperm(len(pool), generator=generator).tolist():
-                if drawn == self.size or version != self._version:
+                made = sum(when <= epoch.drawn for when, _ in epoch.changes)
+                if epoch.drawn == self.size or made > seen:
                     break
-                drawn += 1
+                epoch.drawn += 1
                 yield pool[at]
+            made = sum(when <= epoch.drawn for when, _ in epoch.changes)
+            if made > seen:
+                selected, seen = epoch.changes[made - 1][1], made
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the selection, JSON-able."""
-        return {"size": self.size, "seed": self.seed, "selected": self.selected, "passes": self._passes}
+        """Return the selection and how the epoch went so far, JSON-able."""
+        return {
+            "size": self.size,
+            "seed": self.seed,
+            "selected": self.selected,
+            "passes": self._passes,
+            "epoch": asdict(self._epoch),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved selection; ValueError when it is of another dataset."""
+    def load_state_dict(self, state: dict[str, Any], *, inside_epoch: bool = False) -> None:
+        """Take up a saved selection; ValueError when it is of another dataset.
+
+        Args:
+            state: of :meth:`state_dict`.
+            inside_epoch: whether the epoch that was under way is drawn again from its start, every selection at the
+                index where it was made: for loops that skip what was trained on, as the Trainer does. Otherwise a new
+                epoch begins.
+        """
         if state["size"] != self.size:
             raise ValueError(f"state belongs to a dataset of {state['size']} samples, this one has {self.size}")
-        self.select(state["selected"])
-        self.seed, self._passes = state["seed"], state["passes"]
+        self.seed, self._passes, self.selected = state["seed"], state["passes"], state["selected"]
+        # Checkpoints written before epochs were kept have none.
+        self._again = inside_epoch and "epoch" in state
+        if self._again:
+            saved = state["epoch"]
+            changes = [(when, selected) for when, selected in saved["changes"]]
+            self._epoch = _Epoch(saved["passes"], saved["selected"], saved["drawn"], changes)
 
 
 class SamplerMixin:
@@ -157,7 +194,8 @@ class GovernorCallback(TrainerCallback):
         if self.governor.has_selectors and self._refresh is None:
             raise ValueError("refresh must be given where the governor has selectors")
         if state.global_step:
-            self._load(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _STATE)
+            path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _STATE
+            self._load(path, inside_epoch=float(state.epoch or 0.0) % 1 > 0 and not args.ignore_data_skip)
         self._tokens_seen = int(state.num_input_tokens_seen)
         self.governor.start_clock()
 
@@ -226,10 +264,13 @@ class GovernorCallback(TrainerCallback):
         elif decision.action not in (Action.CONTINUE, Action.COOLDOWN) and self._act is not None:
             self._act(model, decision)
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, *, inside_epoch: bool) -> None:
         if not path.is_file():
-            raise ValueError(f"{path} is missing: the checkpoint was written without this governor")
+            raise ValueError(
+                f"{path} is missing: the checkpoint was written without this governor, or lies in another directory "
+                "than output_dir"
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
         self.governor.load_state_dict(content["governor"])
         if self._sampler is not None and content["sampler"] is not None:
-            self._sampler.load_state_dict(content["sampler"])
+            self._sampler.load_state_dict(content["sampler"], inside_epoch=inside_epoch)

@@ -133,6 +133,42 @@ def test_a_resumed_trainer_goes_on_with_the_state_of_its_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("step", "accumulated"),
+    # In the middle of an epoch of 8 batches of 4; before its last batch, which is drawn by then; at its end; and again
+    # with two batches a step.
+    [(13, 1), (15, 1), (16, 1), (9, 2), (7, 2), (8, 2)],
+)
+def test_a_resumed_trainer_repeats_an_uninterrupted_one_to_the_last_bit(tmp_path, step, accumulated):
+    ends = []
+    for resumed in (False, True):
+        # At a step between two checks, and shortly after the refreshes that come at every second one.
+        calls = []
+
+        def refresh(model, decision, calls=calls):
+            calls.append(decision.step)
+            return [(decision.step + i) % ROWS for i in range(0, 20, 2)]
+
+        trainer, callback, _ = prepare(
+            tmp_path,
+            budget=f"{40 * 4 * accumulated * LENGTH} tokens",
+            selectors=[Selector("few", 0.0)],
+            sampler=GovernedSampler(ROWS, seed=1),
+            refresh=refresh,
+            arguments={"save_strategy": "steps", "save_steps": step, "gradient_accumulation_steps": accumulated},
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}") if resumed else None)
+        assert any(at <= step for at in calls) != resumed
+        assert any(at > step for at in calls)
+        assert callback.governor.steps == 40
+        weights = [each.clone() for each in trainer.model.state_dict().values()]
+        ends.append((weights, (tmp_path / "decisions.jsonl").read_bytes(), trainer.train_sampler.state_dict()))
+    (whole, log, drawn), (again, log_again, drawn_again) = ends
+    assert all(map(torch.equal, whole, again))
+    assert log == log_again
+    assert drawn == drawn_again
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"arguments": {"include_num_input_tokens_seen": "no"}}, "tokens are not counted: give tokens_per_step"),
