@@ -52,9 +52,9 @@ def audited(path: Path) -> RenderableType:
 
     try:
         decisions = read_decisions(path)
+        found = audit_decisions(decisions)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    found = audit_decisions(decisions)
     per, unit = _unit(decisions)
     table = Table(title=f"Rates of gain, nats per {unit}", title_justify="left")
     for title in ("step", "decision", "predicted", "90 % interval", "realised", "covered"):

@@ -108,7 +108,8 @@ def account(config: GovernorConfig, state: State, observation: Observation, gain
             f"refreshes_done must not fall: {state.refreshes_seen} were seen, got {observation.refreshes_done}"
         )
     belief, forecaster = state.belief, state.forecaster
-    assert belief is not None
+    if belief is None:
+        raise ValueError("state must hold a belief, this is one of the uniform policy")
     decay = config.prior_decay * observation.budget
     refreshed = observation.refreshes_done > state.refreshes_seen
     scoring_spent = state.scoring_spent

@@ -80,14 +80,29 @@ def audit_decisions(decisions: Sequence[Decision]) -> Audit:
 
     Args:
         decisions: a whole log in order, as `read_decisions` returns it. Promises stand in ``estimates["forecast"]``,
-            realised rates in the next decision's ``estimates["gain_rate"]``.
+            realised rates in the next decision's ``estimates["gain_rate"]``. What a check measured counts only where it
+        began at the decision before it: not across a line that is missing, repeated or of another run.
+
+    Raises ValueError for estimates that are not those of a decision.
     """
     outcomes = []
     for decision, following in itertools.pairwise(decisions):
-        promise, realised = decision.estimates.get("forecast"), following.estimates.get("gain_rate")
-        if promise is None or realised is None:
-            continue
-        outcomes.append(
-            Outcome(decision.step, decision.key, promise["rate"], promise["low"], promise["high"], realised)
-        )
+        try:
+            promise, realised = decision.estimates.get("forecast"), following.estimates.get("gain_rate")
+            if promise is None or realised is None or not _follows(decision, following):
+                continue
+            low, high = promise["low"], promise["high"]
+            rates = [None if rate is None else float(rate) for rate in (promise["rate"], low, high, realised)]
+            predicted, low, high, measured = rates
+            if predicted is None or measured is None:
+                raise TypeError("a rate is missing")
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"the decision of step {decision.step} or the next holds no rates: {error}") from error
+        outcomes.append(Outcome(decision.step, decision.key, predicted, low, high, measured))
     return Audit(tuple(outcomes), len(decisions) - len(outcomes))
+
+
+def _follows(decision: Decision, following: Decision) -> bool:
+    """Whether the later one's interval began where the earlier one was taken."""
+    before, after = (each.inputs.get("observation", {}) for each in (decision, following))
+    return decision.step < following.step and before.get("spent") == after.get("spent_before")

@@ -62,8 +62,14 @@ class Advantage:
             raise ValueError(f"ratio must be finite, got {self.ratio!r}")
         if not (math.isfinite(self.standard_error) and self.standard_error > 0):
             raise ValueError(f"standard_error must be positive and finite, got {self.standard_error!r}")
-        object.__setattr__(self, "ratio", min(max(self.ratio, -_LARGEST), _LARGEST))
-        object.__setattr__(self, "standard_error", min(max(self.standard_error, _SMALLEST), _LARGEST))
+        # Numbers of NumPy and torch become Python's own, which a log can hold.
+        if type(self.age) not in (int, float):
+            object.__setattr__(self, "age", float(self.age))
+        ratio, error = (
+            value if type(value) in (int, float) else float(value) for value in (self.ratio, self.standard_error)
+        )
+        object.__setattr__(self, "ratio", min(max(ratio, -_LARGEST), _LARGEST))
+        object.__setattr__(self, "standard_error", min(max(error, _SMALLEST), _LARGEST))
 
 
 def advantage(selected: Sequence[float], control: Sequence[float], *, age: float) -> Advantage | None:

@@ -269,7 +269,8 @@ def mean_gain(laws: Sequence[Callable[[float], float]], start: float, end: float
 class Chinchilla:
     """L(N, D) = E + A N^-alpha + B D^-beta, N parameters and D tokens, C = 6 N D FLOPs (Hoffmann et al., 2022).
 
-    A prior for how fast gains shrink. Its absolute losses belong to one tokenizer and one corpus.
+    A prior for how fast gains shrink. Its absolute losses belong to one tokenizer and one corpus. Its methods raise
+    ValueError for parameters, tokens and FLOPs that are not finite and positive.
 
     >>> tokens_per_parameter = [round(d / n) for n, d in map(EPOCH.optimum, (1e18, 1e21, 5.8e23))]
     >>> tokens_per_parameter
@@ -284,6 +285,7 @@ class Chinchilla:
 
     def __call__(self, parameters: float, tokens: float) -> float:
         """Return the loss of this many parameters after this many different tokens."""
+        _check_positive(parameters=parameters, tokens=tokens)
         by_size = self.parameter_scale * parameters**-self.parameter_exponent
         return self.floor + by_size + self.token_scale * tokens**-self.token_exponent
 
@@ -293,6 +295,7 @@ class Chinchilla:
         N* = G (C/6)^(beta / (alpha + beta)), D* = C / 6 N*, G = (alpha A / beta B)^(1 / (alpha + beta)): there
         alpha A N^-alpha = beta B D^-beta.
         """
+        _check_positive(flops=flops)
         a, b = self.parameter_exponent, self.token_exponent
         ratio = (a * self.parameter_scale / (b * self.token_scale)) ** (1 / (a + b))
         parameters = ratio * (flops / 6) ** (b / (a + b))
@@ -300,6 +303,7 @@ class Chinchilla:
 
     def gain_per_efold(self, tokens: float) -> float:
         """Return -dL / d ln C at fixed N: beta B D^-beta, nats per e-fold of training."""
+        _check_positive(tokens=tokens)
         return self.token_exponent * self.token_scale * tokens**-self.token_exponent
 
     def frontier_gain_per_efold(self, flops: float) -> float:
@@ -313,6 +317,7 @@ class Chinchilla:
 
     def rate(self, parameters: float, tokens: float) -> float:
         """Return -dL/dC at fixed N, nats per FLOP."""
+        _check_positive(parameters=parameters, tokens=tokens)
         return self.gain_per_efold(tokens) / (6 * parameters * tokens)
 
 
@@ -341,7 +346,11 @@ class DataConstrained:
     parameter_decay: float
 
     def __call__(self, parameters: float, tokens: float, unique_tokens: float) -> float:
-        """Return the loss after ``tokens`` drawn from ``unique_tokens`` different ones."""
+        """Return the loss after ``tokens`` drawn from ``unique_tokens`` different ones.
+
+        Raises ValueError for amounts that are not finite and positive.
+        """
+        _check_positive(parameters=parameters, tokens=tokens, unique_tokens=unique_tokens)
         law = self.law
         unique = min(unique_tokens, tokens)
         a, b = law.parameter_exponent, law.token_exponent
@@ -367,6 +376,12 @@ MUENNIGHOFF = DataConstrained(
     token_decay=15.387756,
     parameter_decay=5.309743,
 )
+
+
+def _check_positive(**amounts: float) -> None:
+    for name, amount in amounts.items():
+        if not (math.isfinite(amount) and amount > 0):
+            raise ValueError(f"{name} must be positive and finite, got {amount!r}")
 
 
 def _worth(amount: float, unique: float, decay: float) -> float:

@@ -13,7 +13,8 @@ from pyeff.governor.policy import Decision, recompute
 class DecisionLog:
     """Append decisions to a file, one JSON object a line, each on disk before the next step runs.
 
-    Opening a log cuts off a last line without its newline: the trace of a process killed while writing it.
+    Opening a log makes its directory where there is none, and cuts off a last line without its newline: the trace of a
+    process killed while writing it.
 
     >>> import tempfile, os
     >>> from pyeff.governor import DecisionLog, GovernorPolicy, Observation
@@ -29,6 +30,7 @@ class DecisionLog:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lines = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             whole, self._lines = _whole_lines(self.path)
             if whole < self.path.stat().st_size:
@@ -82,7 +84,7 @@ def read(path: str | Path) -> list[Decision]:
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
             decisions.append(Decision.from_dict(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}, is not a decision: {error}") from error
     return decisions
 
@@ -99,7 +101,7 @@ def replay(path: str | Path) -> list[tuple[Decision, Decision]]:
     for number, logged in enumerate(read(path), start=1):
         try:
             pairs.append((logged, recompute(logged.inputs)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path}, line {number}, cannot be replayed: {error}") from error
     return pairs
 

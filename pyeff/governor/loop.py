@@ -25,10 +25,15 @@ from pyeff.governor.observation import (
     Selector,
     _plain_fields,
     _read_fields,
+    checked_offers,
 )
 from pyeff.governor.policy import GovernorPolicy
+from pyeff.governor.reading import amount_of, losses_of, whole_numbers
 
 _VERSION = 2
+# Amounts of a state, and those that may be None.
+_KNOWN = ("previous_at", "next_check", "last_price", "check_cost")
+_MAYBE = ("scored_at", "cooldown_start")
 
 
 class Governor:
@@ -67,12 +72,13 @@ class Governor:
         holdout_ids: see ``anchor_ids``.
         clock: seconds from any start; replaced in tests.
 
-    A check that cannot be measured (a clock that ran backwards, anchors that changed in number, a loss that is not
-    finite) decides nothing: the schedule goes on and the reason is in the log. What ``anchors`` raises is yours and
-    is passed on.
+    A check that cannot be measured (a clock that ran backwards, anchors that changed in number, are no numbers or not
+    those that ``clusters`` names, a loss that is not finite) decides nothing: the schedule goes on and the reason is in
+    the log. What ``anchors`` raises is yours and is passed on.
 
-    Raises ValueError for a budget smaller than its reserve, anchors in the holdout, and settings out of range. Cost: a
-    decision takes a few milliseconds, beside the anchors' evaluation.
+    Raises TypeError for a budget that is none, and ValueError for one smaller than its reserve, anchors in the holdout,
+    selectors of one name, and settings out of range. Cost: a decision takes a few milliseconds, beside the anchors'
+    evaluation.
     """
 
     def __init__(
@@ -93,7 +99,7 @@ class Governor:
         holdout_ids: Iterable[Hashable] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
+        self.budget = budget if isinstance(budget, Budget) else Budget.parse(budget)
         if not callable(anchors):
             raise TypeError(f"anchors must be a function that returns losses, got {type(anchors).__name__}")
         if not 0 <= cooldown < 1:
@@ -117,10 +123,10 @@ class Governor:
         self.policy = GovernorPolicy(self.config)
         self.log = None if log is None else DecisionLog(log)
         self.steps = 0
-        self._anchors, self._clusters = anchors, tuple(clusters)
+        self._anchors, self._clusters = anchors, whole_numbers("clusters", clusters)
         self._control = control
         self._flops_per_token, self._anchor_flops = flops_per_token, anchor_flops
-        self._selectors = tuple(selectors)
+        self._selectors = checked_offers("selectors", selectors)
         self._clock = clock
         self._mark = clock()
         self._previous: tuple[float, ...] = ()
@@ -131,7 +137,7 @@ class Governor:
         self._refreshes = 0
         self._cooldown_start: float | None = None
         self._finite, self._problem = True, ""
-        self._last_price = 0.0
+        self._paid = self._last_price = 0.0
         self._check_cost = anchor_flops if self.budget.unit == "flops" else 0.0
         self._arms: tuple[Arm, ...] = ()
         self._batch: BatchSize | None = None
@@ -194,7 +200,10 @@ class Governor:
         before = self.spent
         self.charge("cooldown" if self.cooling else "train", flops=flops, tokens=tokens, joules=joules)
         self.steps += 1
-        self._last_price = self.spent - before
+        price = self.spent - before
+        # Of time the lesser of two: a process that was paused once would else end far from its budget's end.
+        paused = self.budget.unit == "seconds" and self.steps > 1
+        self._last_price, self._paid = min(price, self._paid) if paused else price, price
         if not self._last_price and self.steps == 1 and self.budget.unit != "seconds":
             raise ValueError(f"{self.budget.unit} of a step must be more than 0, or the budget never ends")
         if loss is not None and not math.isfinite(loss):
@@ -210,9 +219,10 @@ class Governor:
     def charge(self, field: str, *, flops: float = 0.0, tokens: int = 0, joules: float | None = None) -> None:
         """Charge other work (eval, score, probe) with the seconds since the last charge."""
         now, before = self._clock(), self.spent
-        if now < self._mark:
-            self._problem = "the clock ran backwards"
-        self.ledger.charge(field, flops=flops, seconds=max(now - self._mark, 0.0), tokens=tokens, joules=joules)
+        seconds = now - self._mark
+        if not 0 <= seconds < math.inf:  # nan among them
+            self._problem, seconds = "the clock ran backwards", 0.0
+        self.ledger.charge(field, flops=flops, seconds=seconds, tokens=tokens, joules=joules)
         self._mark = now
         if field not in ("train", "cooldown"):  # an interval is one of training
             self._next_check += self.spent - before
@@ -235,17 +245,22 @@ class Governor:
     ) -> None:
         """Say what else could be done, and what was measured; arguments left out stay as they were.
 
-        ``advantage`` and ``drift`` are measurements and serve the next check only.
+        ``advantage`` and ``drift`` are measurements and serve the next check only; of two by one detector the later
+        counts.
+
+        Raises TypeError for what is of another kind, and ValueError for two offers of one name.
         """
-        if arms is not None:
-            self._arms = tuple(arms)
-        if memory_modes is not None:
-            self._modes = tuple(memory_modes)
-        if selectors is not None:
-            self._selectors = tuple(selectors)
+        for name, value, kind in (("batch", batch, BatchSize), ("advantage", advantage, Advantage)):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be of {kind.__name__}, got {type(value).__name__}")
+        readings = {reading.detector: reading for reading in (*self._drift, *checked_offers("drift", drift))}
+        new_arms = self._arms if arms is None else checked_offers("arms", arms)
+        new_modes = self._modes if memory_modes is None else checked_offers("memory_modes", memory_modes)
+        self._selectors = self._selectors if selectors is None else checked_offers("selectors", selectors)
+        self._arms, self._modes = new_arms, new_modes
         self._batch = batch or self._batch
         self._advantage = advantage or self._advantage
-        self._drift = (*self._drift, *drift)
+        self._drift = tuple(readings.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, JSON-able; with the same loop a governor that loads it goes on as this one would."""
@@ -278,24 +293,36 @@ class Governor:
 
         Raises ValueError for a state of another version or another budget.
         """
-        if state.get("version") != _VERSION:
-            raise ValueError(f"state must be of version {_VERSION}, got {state.get('version')!r}")
+        if not isinstance(state, Mapping) or state.get("version") != _VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must be of version {_VERSION}, got {found!r}")
+        if other := set(state) ^ set(self.state_dict()):
+            raise ValueError(f"state must be what state_dict returned, with other keys are {sorted(map(str, other))}")
         if state["budget"] != str(self.budget):
             raise ValueError(f"state belongs to a budget of {state['budget']}, this governor has {self.budget}")
-        self.ledger.load_state_dict(state["ledger"])
-        self.policy.load_state_dict(state["policy"])
-        self.steps = state["steps"]
-        self._previous = tuple(float(loss) for loss in state["previous"])
-        self._previous_at, self._next_check = state["previous_at"], state["next_check"]
-        self._scored_at, self._selector = state["scored_at"], state["selector"]
-        self._refreshes, self._cooldown_start = state["refreshes"], state["cooldown_start"]
-        self._finite, self._problem = state["finite"], state["problem"]
-        self._last_price, self._check_cost = state["last_price"], state["check_cost"]
-        self._advantage = None if state["advantage"] is None else Advantage(**state["advantage"])
-        self._drift = tuple(_read_fields(DriftReading, reading) for reading in state["drift"])
-        self._mark = self._clock()
+        ledger, policy = Ledger(), GovernorPolicy(self.config)
+        try:
+            ledger.load_state_dict(state["ledger"])
+            policy.load_state_dict(state["policy"])
+            previous = tuple(float(loss) for loss in state["previous"])
+            maybe = {name: None if state[name] is None else amount_of(name, state[name]) for name in _MAYBE}
+            known = {name: amount_of(name, state[name]) for name in _KNOWN}
+            advantage = None if state["advantage"] is None else Advantage(**state["advantage"])
+            drift = tuple(_read_fields(DriftReading, reading) for reading in state["drift"])
+            steps, refreshes = whole_numbers("steps and refreshes", (state["steps"], state["refreshes"]))
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise ValueError(f"state must be what state_dict returned: {error}") from error
         if self.log is not None and state["decisions"] is not None:
             self.log.truncate_to(state["decisions"])
+        # Nothing is changed by a state that cannot be used.
+        self.ledger, self.policy = ledger, policy
+        self.steps, self._refreshes = steps, refreshes
+        self._previous, self._previous_at, self._next_check = previous, known["previous_at"], known["next_check"]
+        self._scored_at, self._cooldown_start = maybe["scored_at"], maybe["cooldown_start"]
+        self._selector, self._finite, self._problem = state["selector"], state["finite"], state["problem"]
+        self._last_price = self._paid = known["last_price"]
+        self._check_cost, self._advantage, self._drift = known["check_cost"], advantage, drift
+        self._mark = self._clock()
 
     @property
     def _plateau_end(self) -> float:
@@ -317,14 +344,19 @@ class Governor:
         if overhead + self._check_cost > cap:
             self._problem = "the overhead cap has no room to evaluate the anchors"
         else:
-            now = tuple(float(loss) for loss in self._anchors())
+            now, problem = losses_of(self._anchors())
             self.charge("eval", flops=self._anchor_flops)
             self._check_cost = self.ledger.overhead_spent(self.budget.unit) - overhead
-            if len(now) < 2 or (before and len(now) != len(before)):
-                self._problem, now = f"the anchors were {len(before)} samples and are {len(now)}", ()
+            if not problem and len(now) < 2:
+                problem = f"a gain takes at least 2 anchors, and there are {len(now)}"
+            elif not problem and before and len(now) != len(before):
+                problem = f"the anchors were {len(before)} samples and are {len(now)}"
+            elif not problem and self._clusters and len(now) != len(self._clusters):
+                problem = f"clusters name the documents of {len(self._clusters)} anchors, and there are {len(now)}"
+            if problem:
+                self._problem, now = problem, ()
         self._next_check = self.spent + self.config.check_every * self.budget.amount
         before = before if now else ()
-        clusters = self._clusters if len(self._clusters) == len(now) else ()
         decision = self.policy.decide(
             Observation(
                 step=self.steps,
@@ -340,7 +372,7 @@ class Governor:
                 scored_at=self._scored_at,
                 refreshes_done=self._refreshes,
                 loss_finite=self._finite,
-                clusters=clusters,
+                clusters=self._clusters if now else (),
                 overhead=self.ledger.overhead_spent(self.budget.unit),
                 price=self.price,
                 selectors=self._selectors,

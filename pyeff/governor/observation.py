@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from pyeff.governor.budget import UNITS
 from pyeff.governor.control import Advantage
 from pyeff.governor.drift import DriftReading
+from pyeff.governor.offers import OFFERS, Arm, BatchSize, MemoryMode, Selector, checked_offers, not_negative
+from pyeff.governor.offers import POOL as POOL
 
 
 class Action(str, Enum):
@@ -37,112 +39,6 @@ class Action(str, Enum):
 
     def __str__(self) -> str:
         return self.value
-
-
-@dataclass(frozen=True)
-class Selector:
-    """A selector that may be run, with the price it declares before it is.
-
-    Args:
-        name: unique among the offered ones; None where there is but one.
-        cost: of scoring the pool with it and selecting, in the budget's unit.
-        gain_ratio: prior median of rho for it; None takes the configuration's.
-    """
-
-    name: str | None
-    cost: float
-    gain_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.name is not None:
-            _name(self.name)
-        _not_negative("cost", self.cost)
-        if self.gain_ratio is not None:
-            _positive("gain_ratio", self.gain_ratio)
-
-
-# The arm of this name is the whole pool, to which a selection that proves harmful gives way.
-POOL = "pool"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Other data that may be trained on, and what is believed of its rate of gain.
-
-    Args:
-        name: unique among the offered ones. "pool" is the whole pool: while a selection is in use, what the control arm
-            has measured of it stands in for ``ratio`` and ``standard_error``, and going back waits for nothing.
-        ratio: its rate of gain over that of the present data.
-        standard_error: of ``ratio``; infinite is written as a large number.
-        switch_cost: of going over to it.
-        probe_cost: of a probe that would measure ``ratio``; None where it cannot be probed.
-        probe_error: standard error of ``ratio`` that such a probe would have.
-    """
-
-    name: str
-    ratio: float
-    standard_error: float
-    switch_cost: float = 0.0
-    probe_cost: float | None = None
-    probe_error: float = 0.1
-
-    def __post_init__(self) -> None:
-        _name(self.name)
-        for name in ("ratio", "standard_error", "switch_cost"):
-            _not_negative(name, getattr(self, name))
-        if self.probe_cost is not None:
-            _not_negative("probe_cost", self.probe_cost)
-        _positive("probe_error", self.probe_error)
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """The batch now, and what is known about changing it.
-
-    Args:
-        size: of the batch, in the unit of the noise scale.
-        noise_scale: B_noise = tr(Sigma) / |G|^2, with a confidence interval from ``low`` to ``high``.
-        doubled_rate: samples per unit of the budget at twice the batch over now: 1 with FLOPs, more with seconds where
-            the device is not yet busy.
-        halved_rate: the same at half the batch.
-    """
-
-    size: float
-    noise_scale: float
-    low: float
-    high: float
-    doubled_rate: float = 1.0
-    halved_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("size", "noise_scale", "low", "high", "doubled_rate", "halved_rate"):
-            _positive(name, getattr(self, name))
-        if not self.low <= self.noise_scale <= self.high:
-            raise ValueError(
-                f"noise_scale must lie in its interval from {self.low!r} to {self.high!r}, got {self.noise_scale!r}"
-            )
-
-
-@dataclass(frozen=True)
-class MemoryMode:
-    """Another way to fit the model, such as without checkpointing.
-
-    Args:
-        name: unique among the offered ones.
-        relative_cost: of the same training in it over now, > 0.
-        fits: whether it fits in memory.
-        switch_cost: of going over to it (recompilation, new states).
-    """
-
-    name: str
-    relative_cost: float
-    fits: bool = True
-    switch_cost: float = 0.0
-
-    def __post_init__(self) -> None:
-        _name(self.name)
-        _positive("relative_cost", self.relative_cost)
-        _not_negative("switch_cost", self.switch_cost)
 
 
 @dataclass(frozen=True)
@@ -223,7 +119,7 @@ class Observation:
             value = getattr(self, name)
             if value is None and name in ("scored_at", "price"):
                 continue
-            _not_negative(name, value)
+            not_negative(name, value)
             object.__setattr__(self, name, float(value))
         if self.budget <= 0:
             raise ValueError(f"budget must be positive, got {self.budget!r}")
@@ -247,11 +143,7 @@ class Observation:
                 f"got {len(self.clusters)} for {len(self.anchors_now)} anchors"
             )
         for name in ("selectors", "arms", "memory_modes", "drift"):
-            offers = tuple(getattr(self, name))
-            object.__setattr__(self, name, offers)
-            names = [str(offer.detector if name == "drift" else offer.name) for offer in offers]
-            if len(set(names)) < len(names):
-                raise ValueError(f"{name} must have different names, got {', '.join(names)}")
+            object.__setattr__(self, name, checked_offers(name, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able fields; a non-finite number becomes the text "nan", "inf" or "-inf"."""
@@ -259,7 +151,7 @@ class Observation:
         for name in ("anchors_before", "anchors_now"):
             plain[name] = [_plain(loss) for loss in plain[name]]
         plain["clusters"] = list(self.clusters)
-        for name in _OFFERS:
+        for name in OFFERS:
             plain[name] = [_plain_fields(offer) for offer in plain[name]]
         for name in ("batch", "advantage"):
             plain[name] = None if plain[name] is None else _plain_fields(plain[name])
@@ -269,7 +161,7 @@ class Observation:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Observation:
         """Rebuild the observation that :meth:`to_dict` wrote."""
-        kinds: dict[str, Any] = _OFFERS | {"batch": BatchSize, "advantage": Advantage}
+        kinds: dict[str, Any] = OFFERS | {"batch": BatchSize, "advantage": Advantage}
         read = dict(plain)
         for name in kinds.keys() & plain.keys():
             value = plain[name]
@@ -280,9 +172,8 @@ class Observation:
         return cls(**read)
 
 
-_OFFERS: dict[str, Any] = {"selectors": Selector, "arms": Arm, "memory_modes": MemoryMode, "drift": DriftReading}
-# And what they are where they are not offered.
-_OPTIONAL: dict[str, Any] = {name: [] for name in (*_OFFERS, "clusters")}
+# What offers are where there are none.
+_OPTIONAL: dict[str, Any] = {name: [] for name in (*OFFERS, "clusters")}
 _OPTIONAL |= dict.fromkeys(("price", "selector", "batch", "advantage", "problem"))
 _OPTIONAL |= {"overhead": 0.0, "check_cost": 0.0, "control": False, "control_cost": 0.0}
 _ALWAYS = object()
@@ -367,18 +258,3 @@ def _plain_fields(item: Any) -> dict[str, Any]:
 def _read_fields(kind: Any, plain: Mapping[str, Any]) -> Any:
     names = {item.name: item.type for item in fields(kind)}
     return kind(**{k: float(v) if isinstance(v, str) and names.get(k) == "float" else v for k, v in plain.items()})
-
-
-def _name(name: str) -> None:
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name must be a text that is not empty, got {name!r}")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")

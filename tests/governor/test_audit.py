@@ -155,3 +155,22 @@ def test_pyeff_audit_prints_predicted_and_realised_gains_and_their_coverage(logg
     code, said = command("audit", tmp_path_factory.mktemp("empty"))
     assert code == 2
     assert "no decisions.jsonl" in said
+
+
+def test_an_audit_judges_no_promise_across_a_line_that_is_missing_or_repeated():
+    decisions = run(GovernorPolicy(CONFIG), checks=20)
+    whole = {outcome.step for outcome in audit_decisions(decisions).outcomes}
+    repeated = audit_decisions([*decisions[:10], decisions[9], *decisions[10:]])
+    assert [outcome.step for outcome in repeated.outcomes] == sorted(whole)
+    missing = audit_decisions([*decisions[:10], *decisions[11:]])
+    assert {outcome.step for outcome in missing.outcomes} == whole - {decisions[9].step, decisions[10].step}
+    twice = audit_decisions(decisions + decisions)
+    assert [outcome.step for outcome in twice.outcomes] == 2 * sorted(whole)
+
+
+@pytest.mark.parametrize("estimates", [None, {"forecast": {}, "gain_rate": 1.0}, {"forecast": "x", "gain_rate": 1.0}])
+def test_estimates_that_hold_no_rates_are_refused_in_one_sentence(estimates):
+    decisions = run(GovernorPolicy(CONFIG), checks=5)
+    decisions[3] = dataclasses.replace(decisions[3], estimates=estimates)
+    with pytest.raises(ValueError, match="holds no rates"):
+        audit_decisions(decisions)

@@ -198,3 +198,17 @@ def test_a_fit_takes_a_small_part_of_a_decisions_time():
         fit_offset_power_law(x, losses)
         times.append(time.perf_counter() - start)
     assert min(times) < 5e-3
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.nan, math.inf])
+def test_a_law_refuses_amounts_that_are_none(wrong):
+    for ask in (
+        lambda: EPOCH(wrong, 1e9),
+        lambda: EPOCH(1e9, wrong),
+        lambda: EPOCH.optimum(wrong),
+        lambda: EPOCH.rate(wrong, 1e9),
+        lambda: EPOCH.gain_per_efold(wrong),
+        lambda: MUENNIGHOFF(1e9, 1e9, wrong),
+    ):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            ask()

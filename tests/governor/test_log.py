@@ -157,3 +157,22 @@ def test_broken_logs_are_reported_with_their_line(tmp_path):
         replay(path)
     with pytest.raises(ValueError, match="n_lines must lie between 0 and the 2 decisions"):
         DecisionLog(path).truncate_to(3)
+
+
+def test_logs_that_no_policy_can_have_written_are_reported_with_their_line(tmp_path):
+    path = tmp_path / "decisions.jsonl"
+    path.write_text("[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="line 1, is not a decision"):
+        read_decisions(path)
+    path.unlink()
+    DecisionLog(path).append(a_decision())
+    good = json.loads(path.read_text())
+    inputs = good["inputs"]
+    for changed in (
+        {"state": {**inputs["state"], "belief": None}},  # that of the uniform policy
+        {"config": {**inputs["config"], "check_every": 1e-320}},
+        {"observation": {**inputs["observation"], "spent": 10**400}},
+    ):
+        path.write_text(json.dumps({**good, "inputs": {**inputs, **changed}}) + "\n")
+        with pytest.raises(ValueError, match="line 1, cannot be replayed"):
+            replay(path)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
 import pyeff
@@ -11,10 +12,12 @@ from pyeff.governor import (
     Action,
     Advantage,
     Arm,
+    BatchSize,
     Budget,
     DriftReading,
     Governor,
     GovernorConfig,
+    MemoryMode,
     Selector,
     parse_price,
     read_decisions,
@@ -163,6 +166,11 @@ def test_a_second_budget_counts_evaluation_and_is_not_overrun_by_more_than_a_ste
         ({"price": "1 per PF"}, ValueError, "is per flops, but the budget"),
         ({"anchors": [1.0]}, TypeError, "anchors must be a function"),
         ({"budget": "soon"}, ValueError, "cannot read the budget"),
+        ({"budget": 1000}, TypeError, "budget must be text such as '4e13F', got int"),
+        ({"selectors": [Selector("a", 1.0), Selector("a", 2.0)]}, ValueError, "selectors must have different names"),
+        ({"selectors": ["a"]}, TypeError, "selectors must be of Selector, got str"),
+        ({"clusters": ["first", "second"]}, ValueError, "clusters must be whole numbers"),
+        ({"clusters": [0.5, 1]}, ValueError, "clusters must be whole numbers"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(options, error, message):
@@ -276,3 +284,118 @@ def test_a_clock_that_runs_backwards_while_the_anchors_change_ends_nothing():
     while not governor.done:
         decisions.append(governor.step())
     assert any(decision and "so nothing is decided on it" in decision.reason for decision in decisions)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "reason"),
+    [
+        (None, "the anchors must be losses, one a sample, and are NoneType"),
+        (2.5, "one a sample, and are float"),
+        ({"a": 1.0, "b": 2.0}, "one number a sample"),
+        ([[1.0, 2.0], [3.0]], "one number a sample"),
+        ([10**400, 1.0], "one number a sample"),
+        ([1.0], "a gain takes at least 2 anchors, and there are 1"),
+        ([1.0, 2.0, 3.0], "clusters name the documents of 2 anchors, and there are 3"),
+    ],
+)
+def test_anchors_that_cannot_be_used_keep_the_schedule_and_say_why(tmp_path, anchors, reason):
+    governor = Governor("1000 tokens", anchors=lambda: anchors, clusters=[0, 1], log=tmp_path / "log.jsonl")
+    while not governor.done:
+        governor.step(tokens=10)
+    decisions = read_decisions(tmp_path / "log.jsonl")
+    assert {decision.action for decision in decisions} == {Action.CONTINUE, Action.COOLDOWN}
+    assert all(reason in decision.reason for decision in decisions[:-1])
+    assert governor.spent == 1000
+
+
+def test_what_the_anchors_raise_is_passed_on_also_from_a_generator():
+    def anchors():
+        yield 1.0
+        raise ValueError("mine")
+
+    governor = Governor("1000 tokens", anchors=anchors)
+    with pytest.raises(ValueError, match="mine"):
+        governor.step(tokens=100)
+
+
+def test_numbers_of_numpy_can_be_offered_and_logged(tmp_path):
+    single = np.float32
+    loop = Loop(
+        selectors=[Selector("cheap", single(1), single(2)), Selector("dear", np.int64(900))], log=tmp_path / "d"
+    )
+    loop.governor.offer(
+        arms=[Arm("code", single(2), single(0.1), single(1), single(3), single(0.5))],
+        batch=BatchSize(single(8), single(9), single(8), single(10), single(1.5), np.int64(1)),
+        memory_modes=[MemoryMode("plain", single(0.9), np.bool_(True), single(1))],
+        advantage=Advantage(single(1), single(2), single(0.5)),
+    )
+    loop.train()
+    assert loop.decisions
+    assert all(logged == again for logged, again in replay(tmp_path / "d"))
+
+
+def test_two_offers_of_one_name_are_refused_where_they_are_made():
+    governor = Governor("1000 tokens", anchors=lambda: [1.0, 2.0])
+    with pytest.raises(ValueError, match="arms must have different names, got code, code"):
+        governor.offer(arms=[Arm("code", 2.0, 0.1), Arm("code", 3.0, 0.1)])
+    with pytest.raises(TypeError, match="advantage must be of Advantage, got float"):
+        governor.offer(advantage=2.0)
+
+
+def test_of_two_readings_by_one_detector_between_checks_the_later_counts():
+    loop = Loop()
+    for value in (0.9, 0.2):
+        loop.governor.offer(drift=[DriftReading("D1", value, 0.1, 0.5, False)])
+    loop.train()
+    assert [reading["value"] for reading in loop.decisions[0].inputs["observation"]["drift"]] == [0.2]
+
+
+@pytest.mark.parametrize("length", [200.0, 500.0])
+def test_a_process_that_was_paused_goes_on_to_the_end_of_its_budget(length):
+    now = [0.0]
+    governor = Governor("1000s", anchors=lambda: [2.0 - 1e-3 * now[0], 3.0], clock=lambda: now[0])
+    while not governor.done:
+        now[0] += length if governor.steps == 100 else 1.0
+        governor.step()
+    assert governor.cooling
+    assert 998 <= governor.spent <= 1000
+
+
+def test_a_state_with_a_key_more_or_less_or_a_value_of_another_kind_is_refused_and_changes_nothing():
+    state = Loop(selectors=[Selector("cheap", 1.0)]).train(until=60).governor.state_dict()
+    damaged = [{**state, "extra": 1}, None, []]
+    damaged += [{key: value for key, value in state.items() if key != missing} for missing in state]
+    damaged += [{**state, key: ["x"]} for key in state if key not in ("selector", "finite", "problem", "decisions")]
+    damaged += [{**state, key: math.nan} for key in ("steps", "next_check", "cooldown_start", "last_price")]
+    damaged += [{**state, "policy": {**state["policy"], "checks": None, "belief": []}}]
+    fresh = Loop(selectors=[Selector("cheap", 1.0)]).governor
+    before = fresh.state_dict()
+    for broken in damaged:
+        with pytest.raises(ValueError, match=r"^state "):
+            fresh.load_state_dict(broken)
+        assert fresh.state_dict() == before
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+
+
+def test_a_log_in_a_directory_that_is_not_there_yet_is_written_from_the_first_check(tmp_path):
+    loop = Loop(log=tmp_path / "runs" / "first" / "decisions.jsonl").train()
+    assert len(read_decisions(tmp_path / "runs" / "first" / "decisions.jsonl")) == len(loop.decisions)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        Loop(log=tmp_path / "file" / "decisions.jsonl")
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_clock_that_gives_no_time_decides_nothing_and_ends_nothing(wrong):
+    ticks = iter([*(float(t) for t in range(30)), wrong, *(float(t) for t in range(31, 500))])
+    loop = Loop("150s", clock=lambda: next(ticks)).train()
+    assert loop.governor.done
+    assert any("the clock" in decision.reason for decision in loop.decisions)
+
+
+def test_names_that_a_log_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match="name must be a text that UTF-8 can hold"):
+        Selector("\ud800", 1.0)
+    with pytest.raises(ValueError, match="gain_ratio must be at most 1e\\+09"):
+        Selector("boasting", 1.0, 1e308)
