@@ -49,7 +49,8 @@ class GovernorConfig:
             ``deadband``. One, since ``window`` asks for it twice.
         window: successive checks on which the same SWITCH, BATCH or MEMORY must be best before it is made.
         stop_checks: successive checks on which training must not be worth its price before a priced run ends early.
-        stop_probability: delta: not worth it means P(rate of gain > price) < delta.
+        stop_probability: delta: not worth it means P(rate of gain > price) < delta. One half weighs both errors alike;
+            less asks to be surer, and stops later than pays.
         rearm: by how much the rate must exceed the price, with that probability, to start the count again.
         last_interval: share of an interval that must be left before the cooldown for it to begin. 1: only whole ones,
             for a loop whose checks come at fixed intervals. One that checks at the plateau's end as well, as
@@ -79,7 +80,7 @@ class GovernorConfig:
     deviations: float = 1.0
     window: int = 2
     stop_checks: int = 3
-    stop_probability: float = 0.1
+    stop_probability: float = 0.5
     rearm: float = 1.25
     batch_ratio: float = 0.5
     last_interval: float = 1.0
@@ -98,7 +99,7 @@ class GovernorConfig:
         low, high = RATIO_LIMITS
         require("prior_gain_ratio", low <= self.prior_gain_ratio <= high, f"between {low:g} and {high:g}")
         require("prior_decay", math.isfinite(self.prior_decay) and self.prior_decay > 0, "positive")
-        require("stop_probability", 0 < self.stop_probability < 0.5, "between 0 and 0.5")
+        require("stop_probability", 0 < self.stop_probability <= 0.5, "above 0 and at most 0.5")
         require("batch_ratio", 0 < self.batch_ratio <= 1, "above 0 and at most 1")
         require("last_interval", 0 < self.last_interval <= 1, "above 0 and at most 1")
         require("rearm", math.isfinite(self.rearm) and self.rearm >= 1, "at least 1")

@@ -245,6 +245,19 @@ def test_a_paid_budget_is_trained_to_its_end_and_a_price_ends_a_run_that_does_no
     assert all(decision.action is Action.CONTINUE for decision in cheap)
 
 
+def lowest_price_that_ends(cooldown):
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        price = (low + high) / 2
+        seen = course(GovernorPolicy(QUICK), QUICK.stop_checks, price=price, cooldown_cost=cooldown, refresh_cost=100.0)
+        low, high = (low, price) if seen[-1].action is Action.COOLDOWN else (price, high)
+    return high
+
+
+def test_the_share_of_a_unit_that_the_anneal_takes_returns_a_third():
+    assert lowest_price_that_ends(30.0) == pytest.approx(lowest_price_that_ends(0.0) * (0.7 + 0.3 / 3), rel=1e-12)
+
+
 def test_nothing_is_stopped_for_its_price_before_a_gain_was_measured():
     assert GovernorPolicy(QUICK).decide(observe(anchors_before=(), price=1e9)).action is Action.CONTINUE
 
@@ -322,7 +335,7 @@ def test_any_offers_give_one_open_action_within_the_cap_that_replays_from_json(o
         (lambda: observe(price=-1.0), "price must be finite and not negative"),
         (lambda: GovernorConfig(overhead_cap=0.0), "overhead_cap must be above 0"),
         (lambda: GovernorConfig(window=0), "window must be an integer >= 1"),
-        (lambda: GovernorConfig(stop_probability=0.5), "stop_probability must be between"),
+        (lambda: GovernorConfig(stop_probability=0.6), "stop_probability must be above 0"),
     ],
 )
 def test_offers_and_settings_that_make_no_sense_are_refused(make, message):
