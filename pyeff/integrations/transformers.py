@@ -15,6 +15,7 @@ Use::
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyeff._files import write_text_atomic
-from pyeff.governor import Action, Decision, Governor
+from pyeff.governor import Action, Decision, Governor, format_amount
 
 _STATE = "governor.json"
 
@@ -245,6 +246,19 @@ class GovernorCallback(TrainerCallback):
         if self.governor.done:
             control.should_training_stop = True
         return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Warn where the Trainer's own limit of steps came before the budget's end: the anneal is then missing."""
+        governor = self.governor
+        if state.global_step >= state.max_steps and not governor.done:
+            spent = format_amount(governor.spent, governor.budget.unit)
+            warnings.warn(
+                f"the Trainer ended after {state.max_steps} steps with {spent} spent of a budget of {governor.budget}, "
+                "so the learning rate was not annealed to the end: give it more max_steps or a smaller budget",
+                stacklevel=2,
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Write the governor's state into the checkpoint."""

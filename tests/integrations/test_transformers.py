@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 
@@ -130,6 +131,17 @@ def test_a_resumed_trainer_goes_on_with_the_state_of_its_checkpoint(tmp_path):
     assert trainer.state.global_step == 40
     assert callback.governor.steps == 40
     assert callback.governor.spent == 40 * 4 * LENGTH
+
+
+def test_a_trainer_that_ends_before_its_budget_warns_that_it_did_not_anneal(tmp_path):
+    trainer, _, _ = prepare(tmp_path, arguments={"max_steps": 10})
+    said = f"after 10 steps with {10 * 4 * LENGTH} tokens spent of a budget of .* more max_steps"
+    with pytest.warns(UserWarning, match=said):
+        trainer.train()
+    trainer, _, _ = prepare(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*max_steps")
+        trainer.train()
 
 
 @pytest.mark.parametrize(
