@@ -139,7 +139,8 @@ def select(
     _require(_NEEDED_TO_SCORE, "select")
     from pyeff.cli import tables
     from pyeff.train.config import load_values, parse_config
-    from pyeff.train.select import SelectConfig, select_samples
+    from pyeff.train.select import select_samples
+    from pyeff.train.select_config import SelectConfig
 
     given = _given(rule=rule, keep=keep, k=k, out=None if out is None else str(out), seed=seed)
     values = load_values(config)

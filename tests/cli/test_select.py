@@ -302,7 +302,7 @@ def test_the_torch_generator_is_left_alone(tmp_path, world) -> None:
 
 def test_the_example_chooses_from_what_the_example_of_scoring_writes() -> None:
     from pyeff.train import ScoreConfig, load_config
-    from pyeff.train.select import SelectConfig
+    from pyeff.train.select_config import SelectConfig
 
     examples = Path(__file__).parents[2] / "examples"
     settings = load_config(examples / "select.yaml", kind=SelectConfig)

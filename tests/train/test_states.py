@@ -13,7 +13,8 @@ from pyeff.scoring import LESS, read_features, read_scores
 from pyeff.train import ScoreConfig, load_config, score_samples, train_run, training_states
 from pyeff.train.checkpoint import complete_checkpoints, load_tensors, read_state
 from pyeff.train.config import RunConfig, parse_config
-from pyeff.train.select import SelectConfig, select_samples
+from pyeff.train.select import select_samples
+from pyeff.train.select_config import SelectConfig
 
 
 @pytest.fixture(scope="module")
