@@ -13,6 +13,7 @@ from pyeff.governor.budget import Budget, parse_price
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.control import Advantage
 from pyeff.governor.drift import DriftReading
+from pyeff.governor.failsafe import decide_safely
 from pyeff.governor.ledger import Ledger
 from pyeff.governor.log import DecisionLog
 from pyeff.governor.observation import (
@@ -357,7 +358,8 @@ class Governor:
                 self._problem, now = problem, ()
         self._next_check = self.spent + self.config.check_every * self.budget.amount
         before = before if now else ()
-        decision = self.policy.decide(
+        decision = decide_safely(
+            self.policy,
             Observation(
                 step=self.steps,
                 spent=self.spent,
@@ -385,7 +387,7 @@ class Governor:
                 control=self._control,
                 problem=self._problem or None,
                 check_cost=self._check_cost,
-            )
+            ),
         )
         if self.log is not None:
             self.log.append(decision)
