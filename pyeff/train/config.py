@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pyeff.data.sources import Source
 from pyeff.errors import UserError
@@ -186,6 +186,16 @@ class RunConfig(_Strict):
     # OpenMP ends the process where it cannot make as many as asked for.
     threads: int | None = Field(default=None, ge=1, le=1024)
     out: Path = Path("runs/latest")
+
+    @field_validator("budget", "price", mode="before")
+    @classmethod
+    def _a_number_has_a_unit(cls, value: Any, field: ValidationInfo) -> Any:
+        if isinstance(value, (int, float)):
+            examples = (
+                "'4e13F', '5m' or '200k tokens'" if field.field_name == "budget" else "'0.01 per PF' or '0.02 for 10%'"
+            )
+            raise ValueError(f"a number by itself has no unit: expected text such as {examples}, got {value!r}")
+        return value
 
     @field_validator("budget")
     @classmethod

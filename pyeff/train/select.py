@@ -36,7 +36,7 @@ from pyeff.selection import (
     uniform,
 )
 from pyeff.selection.matrix import finite_rows
-from pyeff.train.select_config import OF_TARGETS, SelectConfig
+from pyeff.train.select_config import OF_TARGETS, SelectConfig, SelectDataConfig, TrainingCost
 
 SUBSET, REPORT = "subset.parquet", "selection.json"
 

@@ -15,7 +15,7 @@ Rule = Literal[
 ]
 
 OF_TARGETS = ("round_robin", "bids")
-OF_FEATURES = ("facility_location", "stochastic_greedy", "kmeans_balanced")
+_OF_FEATURES = ("facility_location", "stochastic_greedy", "kmeans_balanced")
 
 
 class SelectDataConfig(_Strict):
@@ -77,7 +77,7 @@ class SelectConfig(_Strict):
             raise ValueError("scores or features must be given: what to choose by")
         if self.targets is not None and self.features is None:
             raise ValueError("targets are compared with features, which are not given")
-        if self.rule in (*OF_TARGETS, *OF_FEATURES) and self.features is None:
+        if self.rule in (*OF_TARGETS, *_OF_FEATURES) and self.features is None:
             raise ValueError(f"rule {self.rule} needs features")
         if self.rule in ("top_k", "boltzmann") and self.scores is None and self.targets is None:
             raise ValueError(f"rule {self.rule} needs scores, or features and targets")

@@ -155,6 +155,9 @@ def test_pyeff_audit_prints_predicted_and_realised_gains_and_their_coverage(logg
     code, said = command("audit", tmp_path_factory.mktemp("empty"))
     assert code == 2
     assert "no decisions.jsonl" in said
+    code, said = command("audit", "nowhere")
+    assert code == 2
+    assert "there is no such directory" in said
 
 
 def test_an_audit_judges_no_promise_across_a_line_that_is_missing_or_repeated():

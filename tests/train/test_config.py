@@ -63,6 +63,8 @@ def test_a_rate_that_yaml_reads_as_text_is_a_number(values: dict[str, Any]):
         ("price", "cheap", "cannot read the price 'cheap'"),
         ("control_share", 0.9, "control_share"),
         ("budget", "lots", "budget: cannot read the budget 'lots'"),
+        ("budget", 4e13, "budget: a number by itself has no unit: expected text such as '4e13F'"),
+        ("price", 0.01, "price: a number by itself has no unit: expected text such as '0.01 per PF'"),
         ("budget", "-5F", "budget: cannot read the budget '-5F'"),
         ("batch_tokens", 32, "batch_tokens (32) must hold a sample of data.max_tokens (60)"),
         ("micro_batch_tokens", 4096, "micro_batch_tokens (4096) must not exceed batch_tokens (1024)"),
