@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def log_of(run: Path) -> Path:
     """Return the log of a run's directory, or the path itself where it is a log."""
     path = run / "decisions.jsonl" if run.is_dir() else run
+    if not run.exists():
+        raise UserError(f"{run}: there is no such directory and no such log")
     if not path.is_file():
         raise UserError(f"{run}: no decisions.jsonl in it, so it is neither the directory of a run nor a log")
     return path
