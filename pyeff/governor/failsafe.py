@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
+from pyeff.governor.log import DecisionLog
 from pyeff.governor.observation import Decision, Observation, Policy
 
 
@@ -42,3 +44,13 @@ def decide_safely(policy: Policy, observation: Observation) -> Decision:
             )
         )
     return decision
+
+
+def log_safely(log: DecisionLog, decision: Decision) -> None:
+    """Append a decision; where the disk refuses it, warn and go on without this line."""
+    try:
+        log.append(decision)
+    except OSError as error:
+        warnings.warn(
+            f"the decision of step {decision.step} is not in the log {log.path}: {error}", RuntimeWarning, stacklevel=4
+        )

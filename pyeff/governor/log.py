@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -41,12 +42,18 @@ class DecisionLog:
         return self._lines
 
     def append(self, decision: Decision) -> None:
-        """Write one decision and wait until it is on disk."""
+        """Write one decision and wait until it is on disk; one that does not fit there leaves no part of it."""
         line = json.dumps(decision.to_dict(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         created = not self.path.exists()
-        with self.path.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            _sync(file)
+        size = 0 if created else self.path.stat().st_size
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+                _sync(file)
+        except OSError:  # part of a line would spoil the next
+            with suppress(OSError):
+                self._cut(size)
+            raise
         if created:
             _sync_directory(self.path.parent)
         self._lines += 1

@@ -13,7 +13,7 @@ from pyeff.governor.budget import Budget, parse_price
 from pyeff.governor.config import GovernorConfig
 from pyeff.governor.control import Advantage
 from pyeff.governor.drift import DriftReading
-from pyeff.governor.failsafe import decide_safely
+from pyeff.governor.failsafe import decide_safely, log_safely
 from pyeff.governor.ledger import Ledger
 from pyeff.governor.log import DecisionLog
 from pyeff.governor.observation import (
@@ -390,7 +390,7 @@ class Governor:
             ),
         )
         if self.log is not None:
-            self.log.append(decision)
+            log_safely(self.log, decision)
         self._previous, self._previous_at = now, self.spent
         self._finite, self._problem, self._advantage, self._drift = True, "", None, ()
         if decision.action is Action.COOLDOWN:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import math
 
 import pytest
 
+import pyeff.governor.log as log_module
 from pyeff.governor import Action, Governor, GovernorPolicy, Selector, read_decisions, replay
 
 
@@ -49,3 +51,32 @@ def test_a_check_whose_numbers_make_no_decision_keeps_the_schedule_and_says_why(
     assert all(logged == again for logged, again in replay(tmp_path / "log.jsonl"))
     # What failed left no trace: each check was counted once.
     assert governor.policy.state_dict()["checks"] == len(decisions)
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_not_the_training(tmp_path, monkeypatch):
+    path, sync, calls = tmp_path / "log.jsonl", log_module._sync, []
+
+    def full_at_times(file):
+        calls.append(len(calls))
+        if calls[-1] in (3, 5):  # of decisions 3 and 4: to cut the part that is on the disk is call 4
+            file.flush()
+            file.truncate(path.stat().st_size - 7)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(log_module, "_sync", full_at_times)
+    governor = Governor("1000 tokens", anchors=lambda: [3.0, 2.0], log=path)
+
+    def train():
+        made = []
+        while not governor.done:
+            made.append(governor.step(tokens=10))
+        return [decision for decision in made if decision is not None]
+
+    with pytest.warns(RuntimeWarning, match=r"is not in the log .*No space left on device") as warned:
+        decisions = train()
+    assert len(warned) == 2
+    assert governor.spent == 1000
+    kept = [decision for number, decision in enumerate(decisions) if number not in (3, 4)]
+    assert read_decisions(path) == kept
+    assert governor.state_dict()["decisions"] == len(kept)
