@@ -56,6 +56,8 @@ ACTION_MARKS = {"CONTINUE": ("o", MUTED), "REFRESH": ("D", ORANGE), "COOLDOWN": 
 
 # 200 dots an inch: a figure of 9 inches is 1800 px wide and stays sharp where a page shows it at 900.
 DPI = 200
+# Characters of a bold line that fit into 9 inches.
+_HEADLINE = 92
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -98,7 +100,7 @@ def overview(record: RunRecord) -> Figure:
     """The run in one picture: loss against what was spent, the decisions marked, and where the budget went."""
     figure = Figure(figsize=(9, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     left, right = figure.subplots(1, 2, width_ratios=[2.15, 1])
-    _headline(figure, record, width=104)
+    _headline(figure, record)
     _loss(left, record)
     left.set_title("Loss against what was spent")
     _budget(right, record)
@@ -109,7 +111,7 @@ def overview(record: RunRecord) -> Figure:
 def loss(record: RunRecord) -> Figure:
     """Training, anchor and holdout loss against what was spent; scoring and every turn of the run are marked."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    _headline(figure, record, width=104)
+    _headline(figure, record)
     _loss(figure.subplots(), record)
     return figure
 
@@ -225,7 +227,7 @@ def decisions(record: RunRecord) -> Figure:
 def comparison(first: RunRecord, second: RunRecord, names: tuple[str, str], headline: str) -> Figure:
     """Two runs side by side: anchor and holdout loss against what was spent, and where each budget went."""
     figure = Figure(figsize=(9, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
-    figure.suptitle(textwrap.fill(headline, 104), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(textwrap.fill(headline, _HEADLINE), x=0.01, ha="left", fontsize=11, fontweight="bold")
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     scale = Scale.of(first.unit, max(first.budget, second.budget))
     ends: list[tuple[float, float, str, str]] = []
@@ -265,8 +267,8 @@ def comparison(first: RunRecord, second: RunRecord, names: tuple[str, str], head
     return figure
 
 
-def _headline(figure: Figure, record: RunRecord, *, width: int) -> None:
-    text = textwrap.fill(verdict(record).headline, width)
+def _headline(figure: Figure, record: RunRecord) -> None:
+    text = textwrap.fill(verdict(record).headline, _HEADLINE)
     figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from pyeff.cli.plots import BLUE, INK, ORANGE, VERMILION, right_edge
-from pyeff.cli.record import Event, RunRecord
+from pyeff.cli.record import Event, RunRecord, observation
 
 if TYPE_CHECKING:
     from pyeff.governor import Audit, Decision
+
+# Times the median rate: where the largest is beyond, a linear axis shows the others as zero.
+_WIDE = 20
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,16 @@ def kept(record: RunRecord) -> list[Kept]:
 def promises(record: RunRecord) -> Figure:
     """Each promised rate of gain with its interval, and the rate that was measured until the next check with its own.
 
-    The axis is linear around zero, up to the median size of the rates measured, and logarithmic beyond: rates of gain
-    fall by orders of magnitude within a run.
+    Where rates fall by orders of magnitude within a run, the axis is linear around zero, up to the median size of the
+    measured ones, and logarithmic beyond.
     """
     found, scale = kept(record), record.scale
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    linear = scale.divisor * statistics.median(abs(each.realised) for each in found)
-    if linear > 0:
-        axes.set_yscale("symlog", linthresh=linear, linscale=1.0)
+    usual = statistics.median(abs(each.realised) for each in found)
+    largest = max(abs(rate) for each in found for rate in (each.predicted, each.realised))
+    if 0 < _WIDE * usual < largest:
+        axes.set_yscale("symlog", linthresh=scale.divisor * usual, linscale=1.0)
     axes.axhline(0, color="#9AA0A6", lw=0.8, zorder=1)
     shift = 0.004 * max(each.spent for each in found) / scale.divisor  # so that the two intervals stand side by side
     places = [each.spent / scale.divisor for each in found]
@@ -107,7 +111,7 @@ def promises(record: RunRecord) -> Figure:
     )
     if any(each.action != "CONTINUE" for each in found):
         axes.plot([], [], color=INK, lw=0.8, ls=":", label="a decision other than CONTINUE")
-    if record.scoring_spans():
+    if any(start < stop for start, stop in record.scoring_spans()):
         axes.fill([], [], color=ORANGE, alpha=0.16, label="scoring the pool")
     for start, stop in record.scoring_spans():
         axes.axvspan(start / scale.divisor, stop / scale.divisor, color=ORANGE, alpha=0.16, lw=0)
@@ -123,8 +127,14 @@ def _decision(event: Event) -> Decision:
     """The decision of an event, as far as an audit needs it: of its action it asks nothing."""
     from pyeff.governor import Action, Decision
 
-    estimates = _estimates(event)
-    return Decision(event["step"], Action.CONTINUE, str(event["reason"]), inputs={}, values={}, estimates=estimates)
+    return Decision(
+        step=event["step"],
+        action=Action.CONTINUE,
+        reason=str(event["reason"]),
+        inputs={"observation": observation(event)},
+        values={},
+        estimates=_estimates(event),
+    )
 
 
 def _estimates(event: Event) -> dict[str, Any]:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 
+from pyeff.cli import plots
 from pyeff.cli.compare import compare_runs, notes, rows, write_comparison
 from pyeff.cli.record import load_run
 from pyeff.errors import UserError
@@ -124,6 +126,21 @@ def test_close_evaluations_are_interpolated_on_a_line(make_run):
     assert compared.interpolated
     assert compared.at == pytest.approx(0.5 * budget)
     assert compared.losses == pytest.approx((1.0, 1.5))
+
+
+@pytest.mark.parametrize(
+    "headline",
+    [
+        "Whether selection paid cannot be told: the holdout losses differ by 0.212 nats at 26 GFLOP (standard error).",
+        "Which run is better cannot be told: both did not evaluate the holdout at equal spending (26 GFLOP). Compare.",
+    ],
+)
+def test_a_headline_ends_inside_its_picture(pair, headline):
+    with matplotlib.rc_context(plots.STYLE):
+        figure = plots.comparison(*pair, ("governor", "uniform"), headline)
+        figure.set_dpi(plots.DPI)
+        figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_budgets_of_different_units_are_refused(make_run):
