@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pyeff.governor.belief import RATIO_LIMITS
 
@@ -90,6 +90,15 @@ class GovernorConfig:
             if not holds:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
+        # Numbers of NumPy and torch become Python's own, which a log can hold.
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if (
+                item.type in ("float", "float | None")
+                and type(value) not in (int, float)
+                and hasattr(value, "__float__")
+            ):
+                object.__setattr__(self, item.name, float(value))
         for name in ("response_checks", "min_dwell", "overfit_checks", "window", "stop_checks"):
             value = getattr(self, name)
             require(name, not isinstance(value, bool) and isinstance(value, int) and value >= 1, "an integer >= 1")

@@ -122,7 +122,10 @@ class GovernorPolicy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state; ValueError when its fields are not those of :meth:`state_dict`."""
-        self._state = State.from_dict(state)
+        loaded = State.from_dict(state)
+        if loaded.belief is None:
+            raise ValueError("state must hold a belief, this is one of the uniform policy")
+        self._state = loaded
 
 
 def recompute(inputs: Mapping[str, Any]) -> Decision:

@@ -19,6 +19,7 @@ from pyeff.governor import (
     GovernorConfig,
     MemoryMode,
     Selector,
+    UniformPolicy,
     parse_price,
     read_decisions,
     replay,
@@ -399,3 +400,18 @@ def test_names_that_a_log_cannot_hold_are_refused():
         Selector("\ud800", 1.0)
     with pytest.raises(ValueError, match="gain_ratio must be at most 1e\\+09"):
         Selector("boasting", 1.0, 1e308)
+
+
+def test_settings_of_numpy_can_be_logged(tmp_path):
+    config = GovernorConfig(check_every=np.float32(0.1), overhead_cap=np.float32(0.5), deadband=np.int64(0))
+    loop = Loop(config=config, log=tmp_path / "log.jsonl").train()
+    assert read_decisions(tmp_path / "log.jsonl") == loop.decisions
+
+
+def test_a_governor_refuses_the_state_of_the_uniform_policy():
+    governor = Loop().governor
+    uniform = UniformPolicy(governor.config).state_dict()
+    with pytest.raises(ValueError, match="state must hold a belief"):
+        governor.policy.load_state_dict(uniform)
+    with pytest.raises(ValueError, match=r"^state must be what state_dict returned: state must hold a belief"):
+        governor.load_state_dict({**governor.state_dict(), "policy": uniform})
