@@ -56,7 +56,7 @@ def reason_of(
         if observation.price is not None and state.falling_back < config.overfit_checks:
             return (
                 f"Anneal: on {state.below_price} checks in a row training returned less than its price of "
-                f"{observation.price:.3g} nats per unit of the budget; {progress}."
+                f"{observation.price * observation.budget:.3g} nats for the whole budget; {progress}."
             )
         return f"Anneal early: {state.falling_back} checks in a row the anchors got worse for sure; {progress}."
     if "COOLDOWN" in blocked:
