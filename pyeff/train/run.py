@@ -254,6 +254,11 @@ class _Run:
     def _check_price(self) -> float:
         return self.meter.price("eval", flops=self.job.flops["anchors"]) + self.course.control.price
 
+    def _overhead(self) -> float:
+        # Choosing within batches is part of what a step costs, and no overhead that the policy could save.
+        unit = self.meter.unit
+        return max(self.meter.ledger.overhead_spent(unit) - self.course.batches.tally.spent(unit), 0.0)
+
     def _checks_left(self, cooldown: float) -> int:
         return math.ceil(max(self.meter.budget.amount - cooldown - self.meter.spent, 0.0) / self._check_interval())
 
@@ -261,9 +266,12 @@ class _Run:
         return self.config.governor_config.check_every * self.meter.budget.amount
 
     def _check(self) -> None:
-        state, meter, batches = self.state, self.meter, self.course.batches
-        now = self._evaluate("anchors")
-        drift = self.course.control.look()
+        state, meter = self.state, self.meter
+        cap = self.config.governor_config.overhead_cap
+        # As `pyeff.Governor` does: what has no room is left out, and the schedule goes on.
+        seen = cap is None or self._overhead() + self._check_price() <= cap * meter.budget.amount
+        now = self._evaluate("anchors") if seen else []
+        drift = self.course.control.look() if seen else None
         cooldown = self._cooldown_amount() + self._final_reserve()
         checks_left = self._checks_left(cooldown)
         observation = Observation(
@@ -271,7 +279,7 @@ class _Run:
             spent=meter.spent,
             budget=meter.budget.amount,
             unit=meter.unit,
-            anchors_before=state.anchors,
+            anchors_before=state.anchors if seen else (),
             anchors_now=now,
             spent_before=state.anchors_at,
             refresh_cost=meter.price("score", flops=self.job.refresh_flops()),
@@ -279,21 +287,22 @@ class _Run:
             scored_at=state.scored_at,
             refreshes_done=state.refreshes,
             loss_finite=True,
-            # Choosing within batches is part of what a step costs, and no overhead that the policy could save.
-            overhead=max(meter.ledger.overhead_spent(meter.unit) - batches.tally.spent(meter.unit), 0.0),
+            overhead=self._overhead(),
             check_cost=self._check_price(),
             price=self.config.parsed_price,
             control=not self.course.control.hindrance(checks_left=checks_left),
             control_cost=self.course.control.cost(checks_left=checks_left),
             advantage=self.course.control.reading(),
             drift=() if drift is None else (drift,),
+            problem=None if seen else "the overhead cap has no room to evaluate the anchors",
         )
         decision = self.course.policy.decide(observation)
         self.decisions.append(decision)
         record = decision.to_dict()
         state.decisions[decision.action.value] = state.decisions.get(decision.action.value, 0) + 1
         self._emit("decision", **record, **self._batch_selection())
-        state.history.append((observation.spent - state.scoring_spent, summarize_losses(now).loss))
+        if seen:
+            state.history.append((observation.spent - state.scoring_spent, summarize_losses(now).loss))
         state.anchors, state.anchors_at = now, observation.spent
         if decision.action is Action.REFRESH:
             refresh(self.course, checks_left=self._checks_left(cooldown), emit=self._emit)

@@ -149,6 +149,19 @@ def test_every_decision_can_be_taken_again_from_its_log(start):
     assert all(logged == again for logged, again in pairs)
 
 
+def test_evaluations_without_room_under_the_overhead_cap_are_left_out(start):
+    """Twenty-five anchors take more than a twentieth of this budget: the schedule goes on without them."""
+    result = start(data__anchors=25, data__holdout=6, governor__overhead_cap=0.05)
+    decisions = [logged for logged, _ in replay(result.out / "decisions.jsonl")]
+    unseen = [not decision.inputs["observation"]["anchors_now"] for decision in decisions]
+    assert any(unseen)
+    for decision, without in zip(decisions, unseen, strict=True):
+        seen = decision.inputs["observation"]
+        assert seen["overhead"] <= 0.05 * seen["budget"]
+        assert (seen.get("problem") == "the overhead cap has no room to evaluate the anchors") == without
+    assert decisions[-1].key == "COOLDOWN"
+
+
 def test_two_runs_of_one_configuration_are_equal_bit_for_bit(start, tmp_path: Path):
     first, second = (start(out=str(tmp_path / name)) for name in "ab")
     assert [event["loss"] for event in events_of(first, "step")] == [
