@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pyeff.governor.observation import (
 from pyeff.governor.policy import GovernorPolicy
 from pyeff.governor.reading import amount_of, losses_of, whole_numbers
 
-_VERSION = 2
+_VERSION = 3
 # Amounts of a state, and those that may be None.
 _KNOWN = ("previous_at", "next_check", "last_price", "check_cost")
 _MAYBE = ("scored_at", "cooldown_start")
@@ -130,6 +130,7 @@ class Governor:
         self._selectors = checked_offers("selectors", selectors)
         self._clock = clock
         self._mark = clock()
+        self._took: dict[str, float] = {}  # by each selector, the last time
         self._previous: tuple[float, ...] = ()
         self._previous_at = 0.0
         self._next_check = self.config.check_every * self.budget.amount
@@ -229,8 +230,13 @@ class Governor:
             self._next_check += self.spent - before
 
     def scored(self, selector: str | None = None, *, flops: float = 0.0, tokens: int = 0) -> None:
-        """Say that the pool was scored and a selection is in use, and charge it. Call it after a REFRESH."""
+        """Say that the pool was scored and a selection is in use, and charge it. Call it after a REFRESH.
+
+        What took more than the selector declared is offered at what it took from then on.
+        """
+        before = self.spent
         self.charge("score", flops=flops, tokens=tokens)
+        self._took[selector or ""] = self.spent - before
         self._scored_at, self._selector = self.spent, selector
         self._refreshes += 1
 
@@ -276,6 +282,7 @@ class Governor:
             "next_check": self._next_check,
             "scored_at": self._scored_at,
             "selector": self._selector,
+            "took": dict(self._took),
             "refreshes": self._refreshes,
             "cooldown_start": self._cooldown_start,
             "finite": self._finite,
@@ -310,6 +317,7 @@ class Governor:
             known = {name: amount_of(name, state[name]) for name in _KNOWN}
             advantage = None if state["advantage"] is None else Advantage(**state["advantage"])
             drift = tuple(_read_fields(DriftReading, reading) for reading in state["drift"])
+            took = {str(name): amount_of("took", value) for name, value in state["took"].items()}
             steps, refreshes = whole_numbers("steps and refreshes", (state["steps"], state["refreshes"]))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise ValueError(f"state must be what state_dict returned: {error}") from error
@@ -321,6 +329,7 @@ class Governor:
         self._previous, self._previous_at, self._next_check = previous, known["previous_at"], known["next_check"]
         self._scored_at, self._cooldown_start = maybe["scored_at"], maybe["cooldown_start"]
         self._selector, self._finite, self._problem = state["selector"], state["finite"], state["problem"]
+        self._took = took
         self._last_price = self._paid = known["last_price"]
         self._check_cost, self._advantage, self._drift = known["check_cost"], advantage, drift
         self._mark = self._clock()
@@ -377,7 +386,7 @@ class Governor:
                 clusters=self._clusters if now else (),
                 overhead=self.ledger.overhead_spent(self.budget.unit),
                 price=self.price,
-                selectors=self._selectors,
+                selectors=[replace(s, cost=max(s.cost, self._took.get(s.name or "", 0.0))) for s in self._selectors],
                 selector=self._selector,
                 arms=self._arms,
                 batch=self._batch,

@@ -190,7 +190,7 @@ def test_a_state_of_another_budget_or_version_is_refused():
     state = Governor("1000 tokens", anchors=lambda: [1.0, 2.0]).state_dict()
     with pytest.raises(ValueError, match="belongs to a budget of 1k tokens"):
         Governor("2000 tokens", anchors=lambda: [1.0, 2.0]).load_state_dict(state)
-    with pytest.raises(ValueError, match="state must be of version 2"):
+    with pytest.raises(ValueError, match="state must be of version 3"):
         Governor("1000 tokens", anchors=lambda: [1.0, 2.0]).load_state_dict({**state, "version": 0})
 
 
