@@ -35,6 +35,8 @@ def replayed(path: Path) -> tuple[RenderableType, int]:
         pairs = replay(path)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
+    if not pairs:
+        return Text(f"{path} holds no decision."), 0
     different = [(logged, again) for logged, again in pairs if logged != again]
     if not different:
         return Text(f"All {len(pairs)} decisions of {path} come out as they were logged."), 0

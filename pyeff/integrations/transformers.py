@@ -117,6 +117,9 @@ class GovernedSampler(Sampler[int]):
                 index where it was made: for loops that skip what was trained on, as the Trainer does. Otherwise a new
                 epoch begins.
         """
+        missing = {"size", "seed", "passes", "selected"} - set(state)
+        if missing:
+            raise ValueError(f"state must be what state_dict returned, it lacks {', '.join(sorted(missing))}")
         if state["size"] != self.size:
             raise ValueError(f"state belongs to a dataset of {state['size']} samples, this one has {self.size}")
         self.seed, self._passes, self.selected = state["seed"], state["passes"], state["selected"]
@@ -284,7 +287,11 @@ class GovernorCallback(TrainerCallback):
                 f"{path} is missing: the checkpoint was written without this governor, or lies in another directory "
                 "than output_dir"
             )
-        content = json.loads(path.read_text(encoding="utf-8"))
-        self.governor.load_state_dict(content["governor"])
-        if self._sampler is not None and content["sampler"] is not None:
-            self._sampler.load_state_dict(content["sampler"], inside_epoch=inside_epoch)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            governor, sampler = content["governor"], content["sampler"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path} is damaged: resume from another checkpoint ({error!r})") from error
+        self.governor.load_state_dict(governor)
+        if self._sampler is not None and sampler is not None:
+            self._sampler.load_state_dict(sampler, inside_epoch=inside_epoch)

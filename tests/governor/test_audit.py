@@ -136,6 +136,8 @@ def test_pyeff_replay_says_whether_every_decision_comes_out_as_logged(logged):
     code, said = command("replay", logged)
     assert code == 0
     assert "All 20 decisions" in said
+    (logged / "none.jsonl").touch()
+    assert "holds no decision" in command("replay", logged / "none.jsonl")[1]
     path = logged / "decisions.jsonl"
     lines = path.read_text().splitlines()
     changed = json.loads(lines[7])

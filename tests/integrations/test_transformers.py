@@ -131,6 +131,13 @@ def test_a_resumed_trainer_goes_on_with_the_state_of_its_checkpoint(tmp_path):
     assert trainer.state.global_step == 40
     assert callback.governor.steps == 40
     assert callback.governor.spent == 40 * 4 * LENGTH
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "out" / "checkpoint-15" / "governor.json").write_text(text)
+        trainer, _, _ = prepare(tmp_path, arguments=saving)
+        with pytest.raises(ValueError, match=r"governor\.json is damaged"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-15"))
+    with pytest.raises(ValueError, match="state must be what state_dict returned, it lacks passes"):
+        GovernedSampler(8).load_state_dict({"size": 8, "seed": 0, "selected": None})
 
 
 def test_a_trainer_that_ends_before_its_budget_warns_that_it_did_not_anneal(tmp_path):
