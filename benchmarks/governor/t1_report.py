@@ -103,7 +103,7 @@ def _progress(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         "budget and a seed; budgets are in units of the smallest. Numbers below are of the cells that are there."
     )
     if old := sum(current.get((row["task"], row["index"], row["policy"]), row["code"]) != row["code"] for row in rows):
-        yield f"\n{old} of them were made by an earlier version of their policy and are yet to be made again."
+        yield f"\n{old} of them were made by an earlier version of their policy's code, and would be made again."
     yield "\n| task | " + " | ".join(f"budget {b}" for b in _BUDGETS) + " |"
     yield "|---" * 5 + "|"
     for task in TASKS:
@@ -190,15 +190,16 @@ def _target_table(runs: Sequence[Run]) -> Iterator[str]:
             reached = [flops_to_target({b: table[task, b, policy][s] for b in budgets}, target) for s in seeds]
             if reached:
                 medians[policy] = sorted(reached)[len(reached) // 2]
-        base = medians.get(UNIFORM, math.inf)
-        for policy, value in sorted(medians.items(), key=lambda item: item[1])[:8]:
-            lines.append(f"| {task} | {policy} | {value / base:.2f} |")
-        for policy in (GOVERNOR,):
-            if policy in medians:
-                lines.append(f"| {task} | {policy} | {medians[policy] / base:.2f} |")
+        best = sorted(medians, key=medians.__getitem__)[:8]
+        for policy in dict.fromkeys((*best, GOVERNOR, UNIFORM)):
+            value = medians.get(policy, math.inf)
+            # Nothing smaller than the smallest budget was run.
+            atmost = "at most " if value <= budgets[0] else ""
+            shown = f"{atmost}{value / budgets[2]:.2f}" if value < math.inf else "never"
+            lines.append(f"| {task} | {policy} | {shown} |")
     if lines:
         yield "\n### FLOPs to uniform's J at the third budget\n"
-        yield "Everything included, relative to uniform; median over seeds. The best eight and the governor.\n"
+        yield "Everything included, over the third budget; median over seeds. Best eight, governor and uniform.\n"
         yield "| task | policy | FLOPs |"
         yield "|---|---|---|"
         yield from dict.fromkeys(lines)
