@@ -102,7 +102,8 @@ class Forecaster:
             spread = scatter * max(abs(rate), abs(level.mean))
             if math.isfinite(rate):
                 level = level.measured(rate, max(spread**2, _SMALLEST))
-        return Promise(level.mean, math.sqrt(level.variance + error**2 + (scatter * level.mean) ** 2))
+        variance = level.variance + error**2 + (scatter * level.mean) ** 2
+        return Promise(level.mean, math.sqrt(max(variance, _SMALLEST)))
 
     def upper(self, probability: float) -> float | None:
         """Return the rate that is exceeded with this probability only; None before the first gain."""

@@ -351,3 +351,26 @@ def test_an_observation_that_makes_no_sense_is_refused(changes, message):
 def test_a_setting_out_of_range_is_refused_by_name(option, wrong):
     with pytest.raises(ValueError, match=f"{option} must be"):
         GovernorConfig(**{option: wrong})
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e11])
+def test_anchors_that_stand_still_for_most_of_a_run_leave_a_promise_with_a_spread(unit):
+    policy, before, at = GovernorPolicy(), (), 0.0
+    for check in range(1, 17):
+        fallen = min(check, 2)
+        now = tuple(2.0 / fallen + 0.1 * i for i in range(8))
+        seen = Observation(
+            step=check,
+            spent=5.0 * check * unit,
+            budget=100.0 * unit,
+            unit="flops",
+            anchors_before=before,
+            anchors_now=now,
+            spent_before=at,
+            refresh_cost=90.0 * unit,
+            cooldown_cost=20.0 * unit,
+        )
+        decision = policy.decide(seen)
+        before, at = now, seen.spent
+    assert decision.estimates["gain_rate"] == 0.0
+    assert decision.estimates.get("forecast") is None or decision.estimates["forecast"]["scale"] > 0
