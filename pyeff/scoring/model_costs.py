@@ -53,7 +53,7 @@ def costs_of(model: nn.Module) -> ModelCosts | None:
     lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
     if not lora and len(trained) == sum(1 for _ in model.parameters()):
         return ModelCosts(shape, forward, shape.train_cost())
-    if lora != trained.keys() or not all(".lora_A." in name or ".lora_B." in name for name in lora):
+    if not lora or lora != trained.keys() or not all(".lora_A." in name or ".lora_B." in name for name in lora):
         return None
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in lora}
     ranks = {p.shape[0 if ".lora_A." in name else 1] for name, p in trained.items()}

@@ -89,6 +89,10 @@ def frozen_embedding() -> nn.Module:
     return model
 
 
+def frozen() -> nn.Module:
+    return model_named("llama", torch.float32).requires_grad_(False)
+
+
 def embedding_required() -> nn.Module:
     model = with_lora("llama", ["q_proj"])
     model.enable_input_require_grads()
@@ -105,6 +109,7 @@ def second_adapter() -> nn.Module:
     "make",
     [
         frozen_embedding,
+        frozen,
         embedding_required,
         second_adapter,
         lambda: with_lora("llama", ["q_proj"], use_dora=True),
