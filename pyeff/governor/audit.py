@@ -81,7 +81,7 @@ def audit_decisions(decisions: Sequence[Decision]) -> Audit:
     Args:
         decisions: a whole log in order, as `read_decisions` returns it. Promises stand in ``estimates["forecast"]``,
             realised rates in the next decision's ``estimates["gain_rate"]``. What a check measured counts only where it
-        began at the decision before it: not across a line that is missing, repeated or of another run.
+            began at the decision before it: not across a line that is missing, repeated or of another run.
 
     Raises ValueError for estimates that are not those of a decision.
     """
