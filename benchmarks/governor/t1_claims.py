@@ -12,7 +12,7 @@ import numpy as np
 
 from pyeff.governor import GovernorConfig, pay_back
 
-from .metrics import best_single, bootstrap, coverage, holm, losses, paired, regret
+from .metrics import Run, best_single, coverage, holm, losses, paired, regret
 from .roster import GOVERNOR, UNIFORM, is_baseline
 from .t1_cells import BRANCH, P1_AT, P1_COSTS, P2_COST, P2_FACTORS, P2_INTERVALS, PERIOD, SEEDS, TASKS, groups
 from .t1_results import ORACLE, runs_of, with_oracle, with_uniform
@@ -218,12 +218,24 @@ def p5(rows: Rows) -> Verdict:
     without = sum(p.low is None for run in runs for p in run.promises)
     if not count:
         return Verdict("P5", "open", "no cells yet")
-    per_run = [c for run in runs if not math.isnan(c := coverage([run])[0])]
-    spread = bootstrap(per_run)
-    text = f"{share:.1%} of {count} intervals ({spread.low:.1%} to {spread.high:.1%} over runs), {without} without one"
+    low, high = _coverage_spread(runs)
+    own, _ = coverage([run for run in runs if "-" not in run.task])
+    text = (
+        f"{share:.1%} of {count} intervals ({low:.1%} to {high:.1%}, resampling runs; {own:.1%} without the negative "
+    )
+    text += f"controls), {without} without one"
     whole = len({(run.task, run.budget) for run in runs if "-" not in run.task}) == len(TASKS) * 4
     verdict = ("holds" if 0.85 <= share <= 0.95 else "refuted") if whole else "open"
     return Verdict("P5", verdict, f"{text} ({_progress(whole, rows)})")
+
+
+def _coverage_spread(runs: Sequence[Run], *, draws: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile interval of the pooled share, whole runs resampled."""
+    counts = np.array([(share * n, n) for run in runs for share, n in [coverage([run])] if n])
+    picks = np.random.default_rng(0).integers(0, len(counts), size=(draws, len(counts)))
+    held, total = counts[picks].sum(axis=1).T
+    low, high = np.quantile(held / total, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def p6(rows: Rows) -> Verdict:

@@ -103,7 +103,10 @@ def _progress(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         "budget and a seed; budgets are in units of the smallest. Numbers below are of the cells that are there."
     )
     if old := sum(current.get((row["task"], row["index"], row["policy"]), row["code"]) != row["code"] for row in rows):
-        yield f"\n{old} of them were made by an earlier version of their policy's code, and would be made again."
+        yield (
+            f"\n{old} of them were made by an earlier version of their policy's code and would be made again; see what "
+            "has changed since under *how they are made*."
+        )
     yield "\n| task | " + " | ".join(f"budget {b}" for b in _BUDGETS) + " |"
     yield "|---" * 5 + "|"
     for task in TASKS:
@@ -114,7 +117,7 @@ def _task_table(task: str, summaries: Sequence[Summary]) -> Iterator[str]:
     budgets = sorted({s.budget for s in summaries})
     cells = {(s.policy, s.budget): s for s in summaries}
     yield f"\n### {task}: J against tuned uniform, linear to zero\n"
-    yield "Mean difference of J in per cent, with its 95 % bootstrap interval over seeds, and the worst of all seeds and"
+    yield "Mean difference of J in per cent, with its 95 % bootstrap interval over seeds, and the worst seed of all"
     yield "budgets; below zero is better.\n"
     shares = " | ".join(f"budget {_BUDGETS[i]}" for i in range(len(budgets)))
     yield f"| policy | {shares} | worst seed | overhead | changes |"
@@ -195,7 +198,7 @@ def _target_table(runs: Sequence[Run]) -> Iterator[str]:
             seeds = set.intersection(*(set(table.get((task, b, policy), {})) for b in budgets))
             reached = [flops_to_target({b: table[task, b, policy][s] for b in budgets}, target) for s in seeds]
             if reached:
-                medians[policy] = sorted(reached)[len(reached) // 2]
+                medians[policy] = sorted(reached)[(len(reached) - 1) // 2]
         best = sorted(medians, key=medians.__getitem__)[:8]
         for policy in dict.fromkeys((*best, GOVERNOR, UNIFORM)):
             value = medians.get(policy, math.inf)
@@ -205,7 +208,7 @@ def _target_table(runs: Sequence[Run]) -> Iterator[str]:
             lines.append(f"| {task} | {policy} | {shown} |")
     if lines:
         yield "\n### FLOPs to uniform's J at the third budget\n"
-        yield "Everything included, over the third budget; median over seeds. Best eight, governor and uniform.\n"
+        yield "Everything included, over the third budget; lower median over seeds. Best eight, governor and uniform.\n"
         yield "| task | policy | FLOPs |"
         yield "|---|---|---|"
         yield from dict.fromkeys(lines)

@@ -152,7 +152,8 @@ def _estimates(event: Event) -> dict[str, Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Whole numbers of JSON have no bound: one that no float holds is none of ours.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _measured(event: Event) -> tuple[float, float] | None:

@@ -232,11 +232,13 @@ class Governor:
     def scored(self, selector: str | None = None, *, flops: float = 0.0, tokens: int = 0) -> None:
         """Say that the pool was scored and a selection is in use, and charge it. Call it after a REFRESH.
 
-        What took more than the selector declared is offered at what it took from then on.
+        What took more FLOPs than the selector declared is offered at what it took from then on; of seconds a pause of
+        the process would count for good.
         """
         before = self.spent
         self.charge("score", flops=flops, tokens=tokens)
-        self._took[selector or ""] = self.spent - before
+        if self.budget.unit == "flops":
+            self._took[selector or ""] = self.spent - before
         self._scored_at, self._selector = self.spent, selector
         self._refreshes += 1
 
@@ -319,6 +321,10 @@ class Governor:
             drift = tuple(_read_fields(DriftReading, reading) for reading in state["drift"])
             took = {str(name): amount_of("took", value) for name, value in state["took"].items()}
             steps, refreshes = whole_numbers("steps and refreshes", (state["steps"], state["refreshes"]))
+            if min(steps, refreshes) < 0 or not isinstance(state["finite"], bool):
+                raise ValueError("steps and refreshes must not be negative, and finite must be True or False")
+            if not isinstance(state["problem"], str) or not isinstance(state["selector"], str | None):
+                raise ValueError("problem and selector must be text")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise ValueError(f"state must be what state_dict returned: {error}") from error
         if self.log is not None and state["decisions"] is not None:

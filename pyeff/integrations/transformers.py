@@ -126,9 +126,12 @@ class GovernedSampler(Sampler[int]):
         # Checkpoints written before epochs were kept have none.
         self._again = inside_epoch and "epoch" in state
         if self._again:
-            saved = state["epoch"]
-            changes = [(when, selected) for when, selected in saved["changes"]]
-            self._epoch = _Epoch(saved["passes"], saved["selected"], saved["drawn"], changes)
+            try:
+                saved = state["epoch"]
+                changes = [(when, selected) for when, selected in saved["changes"]]
+                self._epoch = _Epoch(saved["passes"], saved["selected"], saved["drawn"], changes)
+            except (TypeError, ValueError, LookupError) as error:
+                raise ValueError(f"state must be what state_dict returned, its epoch is not: {error!r}") from error
 
 
 class SamplerMixin:

@@ -27,6 +27,7 @@ from torch import nn
 from pyeff._files import OnlyProcess
 from pyeff.errors import UserError
 from pyeff.governor import Ledger
+from pyeff.governor.failsafe import decide_safely
 from pyeff.governor.log import DecisionLog
 from pyeff.governor.policy import Action, Observation
 from pyeff.train import checkpoint as checkpoints
@@ -296,7 +297,7 @@ class _Run:
             drift=() if drift is None else (drift,),
             problem=None if seen else "the overhead cap has no room to evaluate the anchors",
         )
-        decision = self.course.policy.decide(observation)
+        decision = decide_safely(self.course.policy, observation)
         self.decisions.append(decision)
         record = decision.to_dict()
         state.decisions[decision.action.value] = state.decisions.get(decision.action.value, 0) + 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+
 from pyeff.governor import Action, Governor, GovernorConfig, Selector
 
 
@@ -53,3 +55,13 @@ def test_a_selector_that_takes_less_stays_at_what_it_declared():
 
 def test_what_selectors_took_outlives_a_restart():
     assert run(takes=3000.0, resume=True)[1] == run(takes=3000.0)[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": -3}, {"refreshes": -1}, {"finite": "x"}, {"problem": 5}, {"selector": 7}, {"took": {"a": -1.0}}],
+)
+def test_a_state_that_no_loop_can_have_is_refused(change: dict[str, object]):
+    governor = Governor("1e5F", anchors=lambda: [1.0, 2.0], flops_per_token=10.0)
+    with pytest.raises(ValueError, match="state must be what state_dict returned"):
+        governor.load_state_dict({**governor.state_dict(), **change})
