@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, fields
 
 from pyeff.governor.belief import RATIO_LIMITS
@@ -93,15 +94,16 @@ class GovernorConfig:
         # Numbers of NumPy and torch become Python's own, which a log can hold.
         for item in fields(self):
             value = getattr(self, item.name)
-            if (
-                item.type in ("float", "float | None")
-                and type(value) not in (int, float)
-                and hasattr(value, "__float__")
-            ):
-                object.__setattr__(self, item.name, float(value))
+            if item.type != "bool":
+                require(item.name, not isinstance(value, bool), "a number")
+            if item.type in ("float", "float | None"):
+                if type(value) not in (int, float) and hasattr(value, "__float__"):
+                    object.__setattr__(self, item.name, float(value))
+            elif item.type == "int" and hasattr(value, "__index__"):
+                object.__setattr__(self, item.name, operator.index(value))
         for name in ("response_checks", "min_dwell", "overfit_checks", "window", "stop_checks"):
             value = getattr(self, name)
-            require(name, not isinstance(value, bool) and isinstance(value, int) and value >= 1, "an integer >= 1")
+            require(name, isinstance(value, int) and value >= 1, "an integer >= 1")
         require("check_every", 0 < self.check_every < 1, "between 0 and 1")
         require("warmup", 0 <= self.warmup < 1, "at least 0 and below 1")
         require("confidence", 0 < self.confidence < 1, "between 0 and 1")

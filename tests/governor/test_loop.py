@@ -403,7 +403,9 @@ def test_names_that_a_log_cannot_hold_are_refused():
 
 
 def test_settings_of_numpy_can_be_logged(tmp_path):
-    config = GovernorConfig(check_every=np.float32(0.1), overhead_cap=np.float32(0.5), deadband=np.int64(0))
+    config = GovernorConfig(
+        check_every=np.float32(0.1), overhead_cap=np.float32(0.5), deadband=np.int64(0), window=np.int64(2)
+    )
     loop = Loop(config=config, log=tmp_path / "log.jsonl").train()
     assert read_decisions(tmp_path / "log.jsonl") == loop.decisions
 

@@ -336,6 +336,8 @@ def test_any_offers_give_one_open_action_within_the_cap_that_replays_from_json(o
         (lambda: GovernorConfig(overhead_cap=0.0), "overhead_cap must be above 0"),
         (lambda: GovernorConfig(window=0), "window must be an integer >= 1"),
         (lambda: GovernorConfig(stop_probability=0.6), "stop_probability must be above 0"),
+        (lambda: GovernorConfig(overhead_cap=True), "overhead_cap must be a number"),
+        (lambda: GovernorConfig(window=2.5), "window must be an integer >= 1"),
     ],
 )
 def test_offers_and_settings_that_make_no_sense_are_refused(make, message):
