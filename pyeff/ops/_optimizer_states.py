@@ -191,17 +191,18 @@ def check_memory(tensors: Sequence[Tensor], what: str) -> None:
         if min([t.data_ptr() for t in tensors], default=LOW_ADDRESS) >= LOW_ADDRESS:
             return
     for t in tensors:
+        refused = None
         try:
             if t.data_ptr() >= LOW_ADDRESS or t.numel() == 0:
                 continue
             lost = t.untyped_storage().data_ptr() == 0
-        except RuntimeError:  # what has no storage to ask: fake tensors, wrappers (theirs is a NotImplementedError)
-            lost = True
+        except RuntimeError as error:  # of fake tensors, and of wrappers (theirs is a NotImplementedError)
+            lost, refused = True, error
         if lost:
             raise ValueError(
                 f"{what} of shape {tuple(t.shape)} on {t.device} has no memory: it was freed, or never there "
                 "(a fake or meta tensor, or a wrapper of others); bring it back before a step"
-            )
+            ) from refused
 
 
 def check_writable(p: Tensor) -> None:

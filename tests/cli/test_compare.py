@@ -107,7 +107,8 @@ def test_a_run_that_ended_early_names_the_budget_to_compare_it_at(make_run):
     assert given is not None
     ended = Budget.parse(given[1])
     assert ended.unit == "flops"
-    assert ended.amount == pytest.approx(compared.second.spent, rel=0.01)
+    # Three digits are shown: half a unit of the third of 1.00.
+    assert ended.amount == pytest.approx(compared.second.spent, rel=0.5 / 100)
 
 
 def test_close_evaluations_are_interpolated_on_a_line(make_run):
