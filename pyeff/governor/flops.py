@@ -124,7 +124,11 @@ class TransformerShape:
             head_tokens: positions whose logits are computed, H; None is all, 0 is a pass without the head.
         """
         tokens, pairs, head_tokens = _work(tokens, attention_pairs, head_tokens)
-        return _forward_cost(self)(tokens, pairs, head_tokens)
+        return self.forward_cost()(tokens, pairs, head_tokens)
+
+    def forward_cost(self) -> Cost:
+        """Return a forward pass's FLOPs as a function of the work."""
+        return _forward_cost(self)
 
     def train(
         self,

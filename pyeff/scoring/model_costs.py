@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -45,11 +45,7 @@ def costs_of(model: nn.Module) -> ModelCosts | None:
         shape = shape_of_model(core)
     except UserError:
         return None
-    forward = Cost(
-        per_token=shape.forward(1, attention_pairs=0, head_tokens=0),
-        per_pair=shape.forward(0, attention_pairs=1, head_tokens=0),
-        per_head_token=shape.forward(0, attention_pairs=0, head_tokens=1),
-    )
+    forward = shape.forward_cost()
     lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
     if not lora and len(trained) == sum(1 for _ in model.parameters()):
         return ModelCosts(shape, forward, shape.train_cost())
@@ -69,5 +65,5 @@ def costs_of(model: nn.Module) -> ModelCosts | None:
     if core.get_input_embeddings()._forward_hooks:
         return None
     train = shape.train_cost(trainable="lora", lora_rank=rank, lora_targets=targets)
-    forward = Cost(forward.per_token + 2 * multiplied, forward.per_pair, forward.per_head_token)
+    forward = replace(forward, per_token=forward.per_token + 2 * multiplied)
     return ModelCosts(shape, forward, train, adapters=True)

@@ -7,6 +7,7 @@ goes. Nothing here writes to the run's directory but the heartbeat.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,8 @@ class Job:
             recompute_activations(self.model)
         elif checkpointing == "attention":
             keep_attention(self.model)
-        forward = Cost(
-            per_token=shape.forward(1, attention_pairs=0, head_tokens=0) + adapters,
-            per_pair=shape.forward(0, attention_pairs=1, head_tokens=0),
-            per_head_token=shape.forward(0, attention_pairs=0, head_tokens=1),
-        )
+        forward = shape.forward_cost()
+        forward = replace(forward, per_token=forward.per_token + adapters)
         train_cost = shape.train_cost(**options)
         # `pyeff.observe` keeps what a layer's last matrix is given once that has been multiplied: no early end.
         self.observed_cost = shape.train_cost(**options, early_stop=not last_observed)
